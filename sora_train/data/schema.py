@@ -1,0 +1,155 @@
+"""What a sample in a shard is, and what the index knows of it: the contract between data_pipelines/ and training.
+
+A shard is a WebDataset tar. Sample KEY (`[A-Za-z0-9_/-]+`; webdataset cuts keys at the first dot) has one medium
+(KEY.mp4, .webm, .mkv, .mov, .jpg, .png, .webp) and KEY.json, the ClipRecord. Beside the tars lie `dataset.json`
+(DatasetManifest) and, per shard, NAME.index.jsonl: one IndexRow a line, in the order of the tar.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+FORMAT_VERSION = 1
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+class Origin(Enum):
+    original = "original"
+    recaption = "recaption"
+
+
+class Style(Enum):
+    short = "short"
+    dense = "dense"
+    structured = "structured"
+
+
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    origin: Origin
+    style: Style
+    # Name of the captioner and hash of its prompt template; empty for originals.
+    model: str = ""
+    prompt_sha256: str = ""
+
+    @property
+    def kind(self) -> str:
+        """`origin/style`: the key of config.data.captions.weights."""
+        return f"{self.origin.value}/{self.style.value}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file a clip was cut from, and where."""
+
+    sha256: str
+    start_seconds: float
+    end_seconds: float
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """KEY.json."""
+
+    captions: tuple[Caption, ...]
+    num_frames: int
+    fps: float
+    height: int  # as displayed, after rotation
+    width: int
+    duration_seconds: float
+    source: Source
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        for caption in values["captions"]:
+            caption["origin"], caption["style"] = caption["origin"].value, caption["style"].value
+        return json.dumps(values, ensure_ascii=False, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "ClipRecord":
+        """Raises ValueError when the text is no clip record."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            captions = tuple(
+                Caption(**{**item, "origin": Origin(item["origin"]), "style": Style(item["style"])})
+                for item in values.pop("captions")
+            )
+            return ClipRecord(captions=captions, source=Source(**values.pop("source")), **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a clip record: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class CaptionEntry:
+    """What planning needs of a caption; its text stays in the shard."""
+
+    kind: str  # origin/style
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """All that planning and reading need of one sample, without opening its shard."""
+
+    key: str
+    medium: str  # suffix of the medium: "mp4", "png", …
+    medium_offset: int  # of the member's bytes in the tar
+    medium_size: int
+    record_offset: int
+    record_size: int
+    num_frames: int
+    fps: float  # 0 for an image
+    height: int
+    width: int
+    duration_seconds: float
+    source_sha256: str
+    captions: tuple[CaptionEntry, ...]
+    is_variable_rate: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "IndexRow":
+        values = json.loads(text)
+        values["captions"] = tuple(CaptionEntry(**item) for item in values["captions"])
+        return IndexRow(**values)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    name: str  # "shard-000000.tar", relative to the data set's folder
+    num_bytes: int
+    sha256: str
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """dataset.json."""
+
+    shards: tuple[ShardEntry, ...]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    def to_json(self) -> str:
+        totals = {"shards": len(self.shards), "samples": self.num_samples}
+        return json.dumps({**asdict(self), "totals": totals}, indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "DatasetManifest":
+        """Raises ValueError for a file of another format version."""
+        values = json.loads(text)
+        if values["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"dataset.json has format_version {values['format_version']}, this code reads {FORMAT_VERSION}: "
+                "rebuild it with `python -m data_pipelines.index shards=DIR`"
+            )
+        return DatasetManifest(shards=tuple(ShardEntry(**item) for item in values["shards"]))
