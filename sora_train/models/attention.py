@@ -1,0 +1,210 @@
+"""Attention over a pack, and the one seam of the model: `Attention.core`.
+
+A pack is several documents (samples) laid end to end. `PackLayout` says where each begins; a core keeps them apart.
+All cores share one signature, so the kernel, and later the split of a document over ranks, is chosen from outside:
+
+    core(query_LNK, key_MNK, value_MNK, layout, is_cross) -> out_LNK
+
+Self-attention has M = L. Cross-attention takes keys and values from the documents' texts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sora_train.config.parallel import AttentionKind
+from sora_train.config.root import ConfigError
+from sora_train.models.rope import rotate
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """Where the documents of a pack and their texts begin.
+
+    Lengths are host integers, so that a loop over documents or a kernel's `max_seqlen` never waits for the device;
+    the tensors are what kernels and lookups read there.
+    """
+
+    lengths: tuple[int, ...]  # video tokens of each of the S documents; they sum to L
+    text_lengths: tuple[int, ...]  # text rows of each; they sum to M
+    cu_seqlens: Tensor  # int32 [S + 1], 0 … L
+    cu_text: Tensor  # int32 [S + 1], 0 … M
+    sample_L: Tensor  # int64 [L], the document of each token
+    sample_M: Tensor  # int64 [M], the document of each text row
+
+    @staticmethod
+    def build(lengths: Sequence[int], text_lengths: Sequence[int], device: torch.device | str = "cpu") -> "PackLayout":
+        """Raises ValueError unless every document has at least one token and one text row."""
+        if not lengths or len(lengths) != len(text_lengths):
+            raise ValueError(f"a pack needs as many texts as documents, got {len(lengths)} and {len(text_lengths)}")
+        if min(*lengths, *text_lengths) < 1:
+            raise ValueError(f"every document needs a token and a text row, got {lengths} and {text_lengths}")
+        cu_seqlens, sample_L = _offsets(lengths)
+        cu_text, sample_M = _offsets(text_lengths)
+        layout = PackLayout(tuple(lengths), tuple(text_lengths), cu_seqlens, cu_text, sample_L, sample_M)
+        return layout.to(device)
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return len(self.lengths)
+
+    @property
+    def of_text(self) -> "PackLayout":
+        """The layout for self-attention among the text rows."""
+        return PackLayout(
+            self.text_lengths, self.text_lengths, self.cu_text, self.cu_text, self.sample_M, self.sample_M
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackLayout":
+        """The same layout with its tensors on a device."""
+        moved = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.cu_seqlens, self.cu_text, self.sample_L, self.sample_M)
+        )
+        return PackLayout(self.lengths, self.text_lengths, *moved)
+
+
+def _offsets(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cumulative offsets int32 [S + 1] and the document of each row, int64."""
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    cumulative = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    return cumulative, torch.repeat_interleave(torch.arange(len(lengths)), counts)
+
+
+class Core(Protocol):
+    """Attention within each document. Softmax scale is 1 / sqrt(K)."""
+
+    def __call__(
+        self, query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, layout: PackLayout, is_cross: bool
+    ) -> Tensor:
+        """Returns [L, N, K]."""
+        ...
+
+
+def sdpa_per_document(
+    query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, layout: PackLayout, is_cross: bool
+) -> Tensor:
+    """One `scaled_dot_product_attention` a document: exact on any device, and on CPU faster than any mask."""
+    key_lengths = layout.text_lengths if is_cross else layout.lengths
+    documents = zip(
+        query_LNK.split(layout.lengths), key_MNK.split(key_lengths), value_MNK.split(key_lengths), strict=True
+    )
+    # The leading 1 is what lets torch take its fused kernel: 3-d input falls back to plain matmuls.
+    out = [
+        F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+        )[0].transpose(0, 1)
+        for query, key, value in documents
+    ]
+    return torch.cat(out)
+
+
+def masked_sdpa(query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, layout: PackLayout, is_cross: bool) -> Tensor:
+    """One call with a dense L x M mask: quadratic in the pack, kept as the reference the others are held to."""
+    mask_LM = layout.sample_L[:, None] == (layout.sample_M if is_cross else layout.sample_L)[None, :]
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_LNK, key_MNK, value_MNK))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LM)[0].transpose(0, 1)
+
+
+def torch_varlen(query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, layout: PackLayout, is_cross: bool) -> Tensor:
+    """FlashAttention-2 over variable lengths, as torch ships it (CUDA, bf16 or fp16, torch >= 2.10)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu_keys, key_lengths = (layout.cu_text, layout.text_lengths) if is_cross else (layout.cu_seqlens, layout.lengths)
+    out: Tensor = varlen_attn(  # type: ignore[assignment]
+        query_LNK, key_MNK, value_MNK, layout.cu_seqlens, cu_keys, max(layout.lengths), max(key_lengths)
+    )
+    return out
+
+
+def flash_attention(
+    query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, layout: PackLayout, is_cross: bool
+) -> Tensor:
+    """`flash_attn_varlen_func` of the flash-attn package (CUDA, bf16 or fp16)."""
+    from flash_attn import flash_attn_varlen_func
+
+    cu_keys, key_lengths = (layout.cu_text, layout.text_lengths) if is_cross else (layout.cu_seqlens, layout.lengths)
+    out: Tensor = flash_attn_varlen_func(
+        query_LNK, key_MNK, value_MNK, layout.cu_seqlens, cu_keys, max(layout.lengths), max(key_lengths)
+    )
+    return out
+
+
+def choose_core(kind: AttentionKind, device: torch.device | str, dtype: torch.dtype) -> tuple[Core, str]:
+    """The core for a device and the precision of its inputs, and one line that says which it is and why.
+
+    Raises:
+        ConfigError: a kernel asked for by name cannot run here.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    has_flash, has_varlen = find_spec("flash_attn") is not None, find_spec("torch.nn.attention.varlen") is not None
+    place = f"{torch.device(device).type} in {str(dtype).removeprefix('torch.')}"
+    if kind is AttentionKind.auto:
+        if on_cuda and is_half and has_flash:
+            return flash_attention, f"flash-attn over variable lengths ({place})"
+        if on_cuda and is_half and has_varlen:
+            return torch_varlen, f"torch varlen_attn, flash-attn is not installed ({place})"
+        why = (
+            "its kernels need CUDA" if not on_cuda else "its kernels need bf16" if not is_half else "not in this torch"
+        )
+        return sdpa_per_document, f"SDPA per document ({place}); no flash attention: {why}"
+    if kind is AttentionKind.sdpa:
+        return sdpa_per_document, f"SDPA per document, as configured ({place})"
+    if kind is AttentionKind.masked:
+        return masked_sdpa, f"masked SDPA, as configured: quadratic in the pack ({place})"
+    is_flash = kind is AttentionKind.flash
+    if not (on_cuda and is_half):
+        raise ConfigError(
+            f"parallel.attention={kind.value} needs CUDA and bf16, this run is on {place}: use parallel.attention=auto"
+        )
+    if not (has_flash if is_flash else has_varlen):
+        fix = "pip install 'sora_train[gpu]'" if is_flash else "install torch >= 2.10"
+        raise ConfigError(f"parallel.attention={kind.value} is not installed: {fix} or use parallel.attention=auto")
+    core: Core = flash_attention if is_flash else torch_varlen
+    return core, f"{kind.value}, as configured ({place})"
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMSNorm over the full width of queries and keys (Wan 2.1).
+
+    `core` is replaced from outside (`choose_core`); the rest of the module treats every row alike.
+    """
+
+    core: Core
+
+    def __init__(self, width: int, heads: int, eps: float, qk_norm: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.norm_q = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
+        self.to_out = nn.Linear(width, width)
+        self.core = sdpa_per_document
+
+    def forward(self, rows_LD: Tensor, source_MD: Tensor | None, rotation: Tensor | None, layout: PackLayout) -> Tensor:
+        """Self-attention among `rows_LD`, or cross-attention to the text rows `source_MD`.
+
+        Args:
+            rows_LD: the rows that ask.
+            source_MD: text rows, or None for self-attention.
+            rotation: complex [L, 1, K/2] of `rope.rotation`, or None to leave queries and keys unrotated.
+            layout: the documents of the pack.
+        """
+        is_cross = source_MD is not None
+        keys_from = rows_LD if source_MD is None else source_MD
+        query_LNK = self.norm_q(self.to_q(rows_LD)).unflatten(-1, (self.heads, -1))
+        key_MNK = self.norm_k(self.to_k(keys_from)).unflatten(-1, (self.heads, -1))
+        value_MNK = self.to_v(keys_from).unflatten(-1, (self.heads, -1))
+        if rotation is not None:
+            query_LNK, key_MNK = rotate(query_LNK, rotation), rotate(key_MNK, rotation)
+        out_LNK = self.core(query_LNK, key_MNK, value_MNK, layout, is_cross)
+        return self.to_out(out_LNK.flatten(-2))
