@@ -1,4 +1,4 @@
-"""Renders a corpus of the procedural world: `python -m data_pipelines.world output=DIR clips=N seed=S level=simple|full`.
+"""Renders a corpus of the procedural world: `python -m data_pipelines.world output=DIR clips=N seed=S level=full`.
 
 First station of the demo, before curation. Writes DIR/NAME.mp4 (H.264), DIR/NAME.txt (a weak original caption, such
 as real footage comes with) and DIR/truth/NAME.json (world.scene.truth; curation and training never read it).
@@ -99,7 +99,9 @@ def check_folder(folder: Path, config: WorldConfig) -> None:
             f"output={folder} holds clips made with {key}={found.get(key)}, not {wanted[key]}: give a new folder"
         )
     if found["clips"] > config.clips:
-        raise ConfigError(f"output={folder} holds {found['clips']} clips, more than clips={config.clips}: new folder?")
+        raise ConfigError(
+            f"output={folder} holds {found['clips']} clips, more than clips={config.clips}: give a new one"
+        )
 
 
 def write_clips(folder: Path, config: WorldConfig, indices: list[int]) -> int:
@@ -107,7 +109,7 @@ def write_clips(folder: Path, config: WorldConfig, indices: list[int]) -> int:
     for index in indices:
         scene = sample_scene(config.seed, index, config.level, config.exclude_held_out)
         name = clip_name(index)
-        _write(folder / "truth" / f"{name}.json", json.dumps(truth(scene), indent=1).encode())
+        _write(folder / "truth" / f"{name}.json", json.dumps(truth(scene)).encode())
         _write(folder / f"{name}.txt", weak_caption(config.seed, index).encode())
         _write(folder / f"{name}.mp4", encode_mp4(render(scene), scene.fps))
     return len(indices)
@@ -124,8 +126,7 @@ def encode_mp4(frames: NDArray[np.uint8], fps: int) -> bytes:
     with the same x264, since it runs in one thread."""
     _, height, width, _ = frames.shape
     file = io.BytesIO()
-    options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(file, "w", format="mp4", options=options) as container:
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(_CRF), "preset": "fast"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = 1

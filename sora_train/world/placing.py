@@ -63,8 +63,8 @@ def moving_figure(
     low_x, high_x = side + _MARGIN, width - side - _MARGIN
     path_y = direction_y * min(travel * height, high_y - low_y)
     path_x = direction_x * min(travel * width, high_x - low_x)
-    start_y = rng.uniform(low_y - min(path_y, 0), high_y - max(path_y, 0))
-    start_x = rng.uniform(low_x - min(path_x, 0), high_x - max(path_x, 0))
+    start_y = low_y - min(path_y, 0) + rng.random() * (high_y - low_y - abs(path_y))
+    start_x = low_x - min(path_x, 0) + rng.random() * (high_x - low_x - abs(path_x))
     per_second = 1 / seconds if seconds > 0 else 0.0
     return Figure(color, shape, motion, diameter, start_y, start_x, path_y * per_second, path_x * per_second)
 
