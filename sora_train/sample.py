@@ -1,0 +1,210 @@
+"""Generates videos from prompts with a trained run.
+
+    python -m sora_train.sample RUN_DIR "a red circle, moving left (slowly)" "two cats" --frames 17
+    python -m sora_train.sample RUN_DIR --prompts prompts.txt --height 128 --width 80 --seed 3
+
+Each prompt becomes a numbered mp4 and a row of a contact sheet; samples.jsonl says what each was made from. Nothing is
+ever overwritten. Any prompt text works: arguments are plain, not configuration.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image, ImageDraw
+
+from sora_train.config.command import fail
+from sora_train.config.model import TextKind
+from sora_train.config.parallel import Precision
+from sora_train.config.root import ConfigError, TrainConfig, build_config
+from sora_train.config.validation import Solver
+from sora_train.data.video_file import Frames, save_video
+from sora_train.encoders.text_encoder import load_text_encoder
+from sora_train.encoders.video_codec import VideoCodec, build_codec
+from sora_train.generation import EncodeText, Request, check_sizes, generate
+from sora_train.models.attention import Attention, choose_core
+from sora_train.models.video_dit import VideoDiT
+from sora_train.training.checkpoint import latest_checkpoint, load_weights, read_manifest
+
+RECORD = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What is needed to generate from a run."""
+
+    config: TrainConfig
+    model: VideoDiT
+    codec: VideoCodec
+    encode_text: EncodeText
+    checkpoint: Path
+    step: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def open_run(run_dir: Path, device: torch.device) -> TrainedRun:
+    """The averaged weights of a run's newest checkpoint (or of the checkpoint given), ready to generate on `device`.
+
+    The configuration is the one the checkpoint was trained with, from its manifest.
+
+    Raises:
+        ConfigError: no checkpoint there.
+    """
+    checkpoint = latest_checkpoint(run_dir)
+    config = build_config(TrainConfig, read_manifest(checkpoint)["config"])
+    model = VideoDiT(config.model)
+    step = load_weights(checkpoint, model)
+    is_half = device.type == "cuda" and config.parallel.precision is Precision.bf16
+    dtype = torch.bfloat16 if is_half else torch.float32
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    core, _ = choose_core(config.parallel.attention, device, dtype)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.core = core
+    codec = build_codec(config.codec, device)
+    encode_text: EncodeText = list
+    if config.model.text.kind is TextKind.encoder:
+        encode_text = load_text_encoder(config.text_encoder, device, dtype).encode
+    return TrainedRun(config, model, codec, encode_text, checkpoint, step)
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sample(
+    run_dir: Annotated[Path, typer.Argument(help="directory of a run, or one of its checkpoints")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="one or more prompts")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="file with a prompt on each line")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels; default: the run's validation.height")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels; default: the run's validation.width")] = None,
+    frames: Annotated[int | None, typer.Option(help="default: the run's validation.frames")] = None,
+    fps: Annotated[float | None, typer.Option(help="of the mp4; default: the run's validation.fps")] = None,
+    steps: Annotated[int | None, typer.Option(help="of the sampler; default: the run's sampling.steps")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off")] = None,
+    solver: Annotated[Solver | None, typer.Option(help="default: the run's sampling.solver")] = None,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    output: Annotated[Path | None, typer.Option(help="folder; default: RUN_DIR/samples")] = None,
+) -> None:
+    """Generates one video for each prompt."""
+    try:
+        texts = all_prompts(prompt or [], prompts)
+        run = open_run(run_dir, best_device())
+        given_size = {"height": height, "width": width, "frames": frames, "fps": fps}
+        shown = replace(run.config.validation, **given(given_size))
+        if shown.fps <= 0:
+            raise ConfigError(f"fps={shown.fps:g}: give a rate above 0")
+        requests = [
+            Request(text, shown.height, shown.width, shown.frames, prompt_seed)
+            for text, prompt_seed in zip(texts, seeds(texts, seed), strict=True)
+        ]
+        check_sizes(requests, run.config.model, run.codec.shape)
+        given_sampling = {"steps": steps, "guidance_scale": guidance_scale, "solver": solver}
+        sampling = replace(run.config.sampling, **given(given_sampling))
+        if sampling.steps < 1:
+            raise ConfigError(f"steps={sampling.steps}: give 1 or more")
+    except ConfigError as error:
+        fail(error)
+    videos = generate(
+        run.model,
+        run.codec,
+        requests,
+        sampling,
+        run.config.diffusion,
+        encode_text=run.encode_text,
+        max_tokens_per_pack=run.config.data.max_tokens_per_pack,
+    )
+    folder = output or run_dir / "samples"
+    how = {**asdict(sampling), "solver": sampling.solver.value}
+    facts = {"checkpoint": str(run.checkpoint), "step": run.step, **how}
+    for path in save_samples(folder, requests, videos, shown.fps, facts):
+        print(path)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, whatever their value."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def all_prompts(words: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts of the command line, then those of the file, one a line, empty lines left out."""
+    texts = list(words)
+    if file is not None:
+        if not file.is_file():
+            raise ConfigError(f"--prompts {file}: no such file")
+        texts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not texts:
+        raise ConfigError("no prompt: give one or more after RUN_DIR, or --prompts FILE")
+    return texts
+
+
+def seeds(texts: Sequence[str], seed: int) -> list[int]:
+    """A prompt's seed does not depend on the other prompts; given again, it gets the next one, for another video."""
+    return [seed + texts[:index].count(text) for index, text in enumerate(texts)]
+
+
+def save_samples(
+    folder: Path, requests: Sequence[Request], videos: Sequence[Frames], fps: float, facts: dict[str, object]
+) -> list[Path]:
+    """Writes NNNN-words.mp4 each, their contact sheet, and a line each in samples.jsonl. Numbers go on from what is
+    there. Returns the paths, the sheet's last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*")), default=0)
+    paths = []
+    for number, (request, frames_THWC) in enumerate(zip(requests, videos, strict=True), start=first):
+        path = folder / f"{number:04d}-{file_words(request.prompt)}.mp4"
+        save_video(frames_THWC, path, fps)
+        with (folder / RECORD).open("a") as record:
+            record.write(json.dumps({"file": path.name, **asdict(request), "fps": fps, **facts}) + "\n")
+        paths.append(path)
+    sheet = folder / f"{first:04d}-contact-sheet.png"
+    contact_sheet([(request.prompt, [frames]) for request, frames in zip(requests, videos, strict=True)]).save(sheet)
+    return [*paths, sheet]
+
+
+def file_words(prompt: str) -> str:
+    """The prompt's beginning as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "sample"
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Frames]]], frames_shown: int = 5) -> Image.Image:
+    """A row for each label: `frames_shown` frames of each of its videos, evenly over time, left to right."""
+    gap, text_height = 6, 16
+    strips = [[strip(frames, frames_shown) for frames in videos] for _, videos in rows]
+    width = max(sum(image.shape[1] + 2 * gap for image in images) for images in strips) + gap
+    height = sum(max(image.shape[0] for image in images) + text_height + 2 * gap for images in strips)
+    sheet = Image.new("RGB", (max(width, 240), height + gap), (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    top = gap
+    for (label, _), images in zip(rows, strips, strict=True):
+        draw.text((gap, top), label.encode("latin-1", "replace").decode("latin-1"), fill=(30, 30, 30))
+        left = gap
+        for image in images:
+            sheet.paste(Image.fromarray(image), (left, top + text_height))
+            left += image.shape[1] + 2 * gap
+        top += max(image.shape[0] for image in images) + text_height + 2 * gap
+    return sheet
+
+
+def strip(frames_THWC: Frames, count: int, gap: int = 2) -> Frames:
+    """`count` frames side by side, [H, W', 3]; all of them when there are fewer."""
+    num_frames, height = frames_THWC.shape[:2]
+    chosen = np.unique(np.linspace(0, num_frames - 1, min(count, num_frames)).round().astype(int))
+    white = np.full((height, gap, 3), 250, np.uint8)
+    parts = [part for index in chosen for part in (frames_THWC[index], white)]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+if __name__ == "__main__":
+    typer.run(sample)
