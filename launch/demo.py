@@ -7,6 +7,7 @@ where it was: rendering, curation and training each know what they have done.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -61,7 +62,8 @@ def stages(folder: Path, clips: int, steps: int, processes: int, prompts: int) -
 
 def setting(key: str, path: Path) -> str:
     """A Hydra argument whose value is a path, whatever characters it has."""
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    # Inside quotes Hydra reads backslashes as they are, but for those right before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(path))
     return f"{key}='{escaped}'"
 
 
