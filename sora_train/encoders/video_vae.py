@@ -117,7 +117,8 @@ class DiffusersCodec:
     @cached_property
     def identity(self) -> str:
         """Family and a hash of its settings and weights."""
-        digest = hashlib.sha256(json.dumps(dict(self.vae.config), sort_keys=True, default=str).encode())
+        settings = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, value in sorted(self.vae.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().float().numpy().tobytes())
@@ -134,6 +135,10 @@ class DiffusersCodec:
     def decode(self, latents_CTHW: Tensor) -> Tensor:
         """Normalised latents -> frames in [-1, 1]."""
         latents = (latents_CTHW.float() * self.spread + self.mean).to(self.vae.dtype)[None]
+        num_frames = 1 + (latents_CTHW.shape[1] - 1) * self.shape.temporal_ratio
+        if type(self.vae).__name__ == "AutoencoderKLCogVideoX" and latents_CTHW.shape[1] % 2 == 0:
+            # It gives the first latent one frame only when their number is odd; the frames in excess are cut below.
+            latents = torch.cat([latents[:, :, :1], latents], dim=2)
         # LTX-Video's newer decoders also denoise a little and want to be told from which level: none.
         level = (latents.new_zeros(1),) if getattr(self.vae.config, "timestep_conditioning", False) else ()
-        return self.vae.decode(latents, *level).sample[0].float().clamp(-1, 1)
+        return self.vae.decode(latents, *level).sample[0, :, -num_frames:].float().clamp(-1, 1)

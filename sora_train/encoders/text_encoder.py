@@ -1,0 +1,73 @@
+"""Frozen text encoders (T5, UMT5) from a transformers folder: captions to rows that the model attends to.
+
+Used with model.text.kind=encoder; the byte text path needs none of this.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sora_train.config.encoders import TextEncoderConfig
+from sora_train.config.root import ConfigError
+
+FAMILIES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}  # model_type of config.json -> transformers class
+
+
+class TextEncoder:
+    """A frozen encoder and its tokenizer. Rows stop where the text stops, unless `pad_to_max` asks for Wan's way."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_tokens: int, pad_to_max: bool) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.pad_to_max = pad_to_max
+        self.width: int = model.config.d_model  # must equal config.model.text.width
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Rows [M, width] of each caption, on the encoder's device; an empty caption has the end mark's row.
+
+        With `pad_to_max`, zeros follow up to max_tokens rows: Wan was trained to attend to them (512 rows, no mask).
+        White space is normalised, as Wan and T5 do.
+        """
+        texts = [" ".join(caption.split()) for caption in captions]
+        batch = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.model.device)
+        hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        rows = [h[:length] for h, length in zip(hidden, batch.attention_mask.sum(1).tolist(), strict=True)]
+        if not self.pad_to_max:
+            return rows
+        return [torch.cat([r, r.new_zeros(self.max_tokens - r.shape[0], self.width)]) for r in rows]
+
+
+def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+    """Loads encoder and tokenizer from one folder (or hub id), or from `text_encoder/` and `tokenizer/` inside it,
+    as diffusers lays a pipeline out.
+
+    Raises ConfigError when the path is missing, holds no T5 or UMT5 encoder, or transformers is not installed.
+    """
+    if not config.path:
+        raise ConfigError("text_encoder.path is not set: give the folder of a T5 or UMT5, or use model.text.kind=bytes")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("model.text.kind=encoder needs transformers: pip install 'sora_train[encoders]'") from error
+    folder = Path(config.path)
+    is_pipeline = (folder / "text_encoder").is_dir()
+    weights, words = (str(folder / "text_encoder"), str(folder / "tokenizer")) if is_pipeline else (config.path,) * 2
+    is_local = folder.exists() or config.path.startswith((".", "/", "~"))
+    if is_local and not (Path(weights) / "config.json").is_file():
+        raise ConfigError(f"text_encoder.path={config.path} holds no config.json: give the folder of a T5 or UMT5")
+    try:
+        family = transformers.AutoConfig.from_pretrained(weights).model_type
+        if family not in FAMILIES:
+            raise ConfigError(f"text_encoder.path={config.path} is a {family}: use a T5 or UMT5 encoder")
+        model = getattr(transformers, FAMILIES[family]).from_pretrained(weights, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+    except OSError as error:
+        raise ConfigError(f"text_encoder.path={config.path}: {str(error).splitlines()[0]}") from error
+    return TextEncoder(model.to(device), tokenizer, config.max_tokens, config.pad_to_max)
