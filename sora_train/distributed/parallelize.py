@@ -1,0 +1,31 @@
+"""Applies to a model, from outside, all that depends on the machine: the attention kernel and recomputation.
+
+The model knows nothing of ranks or devices; the order here is the order of application.
+"""
+
+import functools
+import logging
+
+from torch.utils.checkpoint import checkpoint
+
+from sora_train.config.parallel import ParallelConfig, Precision
+from sora_train.distributed.topology import World
+from sora_train.models.attention import Attention, choose_core
+from sora_train.models.video_dit import VideoDiT
+
+log = logging.getLogger(__name__)
+
+
+def parallelize(model: VideoDiT, config: ParallelConfig, world: World) -> None:
+    """1. every `Attention.core` becomes the configured kernel; 2. blocks recompute their activations if asked."""
+    import torch
+
+    dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
+    core, reason = choose_core(config.attention, world.device, dtype)
+    if world.is_main:
+        log.info("attention: %s", reason)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.core = core
+    if config.checkpoint_activations:
+        model.run_block = functools.partial(checkpoint, use_reentrant=False)

@@ -1,0 +1,346 @@
+"""Checkpoints: a directory per step, complete or absent, safetensors only, readable at any world size.
+
+    RUN_DIR/checkpoints/step-00000500/
+        rank-00000.safetensors  …   "master/NAME@START", "exp_avg/NAME@START", "exp_avg_sq/…", "ema/…": flat fp32 pieces
+        manifest.json               sizes and SHA-256 of the files, shapes of the parameters, step, seed, config, …
+        quarantine.jsonl            what could not be decoded up to here
+
+A save writes everything into a hidden folder beside, syncs it to disk, and renames it: a kill at any instant leaves
+the checkpoints that were complete. A load takes the newest one whose every byte is as its manifest says.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sora_train.config.checkpoint import CheckpointConfig
+from sora_train.config.root import ConfigError
+from sora_train.distributed.collectives import barrier, gather_facts
+from sora_train.distributed.partitions import Fragment, apply_loaded, optimizer_steps, reset_optimizer
+from sora_train.distributed.topology import World
+from sora_train.training.ema import Ema
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LEDGER = "quarantine.jsonl"
+_STEP = re.compile(r"step-(\d{8})")
+
+log = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(Exception):
+    """A file of a checkpoint is not as its manifest says; the message names it."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All of a run that is not a tensor."""
+
+    step: int = 0  # optimizer steps done: the next step's number
+
+    def next(self) -> "TrainState":
+        """After one more optimizer step."""
+        return TrainState(self.step + 1)
+
+
+class Checkpoints:
+    """Saves and restores one run's engine, moving average and state."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        world: World,
+        *,
+        engine: Any,
+        held: list[Fragment],
+        ema: Ema,
+        facts: dict[str, Any],
+    ) -> None:
+        """`facts` go into every manifest: the resolved config, fingerprints of code and data."""
+        self.folder = run_dir / "checkpoints"
+        self.ledger = run_dir / LEDGER
+        self.config = config
+        self.world = world
+        self.engine, self.held, self.ema = engine, held, ema
+        self.facts = facts
+
+    # --- saving
+
+    def save(self, state: TrainState) -> Path:
+        """Writes the checkpoint of `state`; on return it is complete on disk. Every rank must call it."""
+        final = self.folder / f"step-{state.step:08d}"
+        temporary = self.folder / f".writing-{final.name}"
+        if self.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while writing
+            temporary.mkdir(parents=True)
+        barrier()
+        path = temporary / f"rank-{self.world.global_rank:05d}.safetensors"
+        save_file(self._tensors(), path)
+        _sync(path)
+        entries = gather_facts(_entry(path))
+        pieces = gather_facts([(f.name, f.start + f.written[0], f.start + f.written[1]) for f in self.held])
+        shapes = {name: shape for part in gather_facts({f.name: f.shape for f in self.held}) for name, shape in part.items()}
+        if self.world.is_main:
+            self._commit(temporary, final, state, entries, pieces, shapes)
+        barrier()
+        return final
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for fragment, average in zip(self.held, self.ema.averages, strict=True):
+            first, last = fragment.written
+            if first == last:
+                continue
+            for kind, values in {"master": fragment.master, "ema": average, **fragment.states}.items():
+                tensors[f"{kind}/{fragment.name}@{fragment.start + first}"] = values[first:last].detach().cpu().clone()
+        return tensors
+
+    def _commit(
+        self, temporary: Path, final: Path, state: TrainState, entries: list[Any], pieces: list[Any], shapes: dict[str, Any]
+    ) -> None:
+        if self.ledger.exists():
+            shutil.copyfile(self.ledger, temporary / LEDGER)
+            _sync(temporary / LEDGER)
+            entries.append(_entry(temporary / LEDGER))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": state.step,
+            "world_size": self.world.world_size,
+            "optimizer_steps": optimizer_steps(self.engine),
+            "files": entries,
+            "parameters": shapes,
+            "pieces": pieces,
+            **self.facts,
+        }
+        manifest["sha256"] = _digest(manifest)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        if final.exists():  # damaged, or of a future that this run was rewound from: kept, out of the way
+            final.rename(_free_name(self.folder / f"replaced-{final.name}"))
+        temporary.rename(final)
+        _sync(self.folder)
+        for old in self._beyond_retention():
+            shutil.rmtree(old)
+
+    def _beyond_retention(self) -> list[Path]:
+        kept = complete_checkpoints(self.folder)
+        return kept[self.config.keep :] if self.config.keep > 0 else []
+
+    # --- loading
+
+    def load_latest(self) -> TrainState:
+        """Restores the newest checkpoint that is whole; without one, a fresh start. Every rank must call it.
+
+        Raises:
+            ConfigError: the checkpoint is of another model.
+        """
+        for folder in complete_checkpoints(self.folder):
+            if problem := self._agreed_problem(folder):
+                if self.world.is_main:
+                    log.warning("%s is damaged (%s): trying the one before", folder, problem)
+                continue
+            return self._load(folder)
+        reset_optimizer(self.engine)
+        return TrainState()
+
+    def _agreed_problem(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint; each rank reads a share of the files and all come to one answer."""
+        problem = None
+        try:
+            verify(folder, self.world.global_rank, self.world.world_size)
+        except DamagedCheckpointError as error:
+            problem = str(error)
+        return next((found for found in gather_facts(problem) if found), None)
+
+    def _load(self, folder: Path) -> TrainState:
+        manifest = read_manifest(folder)
+        shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        check_same_model(shapes, _shapes_of(self.engine.module), folder)
+        reader = _PieceReader(folder, manifest)
+        for fragment, average in zip(self.held, self.ema.averages, strict=True):
+            for kind, into in {"master": fragment.master, "ema": average, **fragment.states}.items():
+                reader.fill(kind, fragment.name, fragment.start, into)
+        reader.close()
+        apply_loaded(self.engine, manifest["optimizer_steps"])
+        if self.world.is_main and (folder / LEDGER).exists():
+            shutil.copyfile(folder / LEDGER, self.ledger)
+        barrier()
+        return TrainState(step=manifest["step"])
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The newest whole checkpoint of a run; `run_dir` may also be a checkpoint itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (run_dir / MANIFEST).exists():
+        return run_dir
+    for folder in complete_checkpoints(run_dir / "checkpoints"):
+        try:
+            verify(folder)
+            return folder
+        except DamagedCheckpointError as error:
+            log.warning("%s is damaged (%s): trying the one before", folder, error)
+    raise ConfigError(f"{run_dir} holds no whole checkpoint: give the directory of a run that has saved one")
+
+
+def load_weights(checkpoint: Path, model: nn.Module, kind: str = "ema") -> int:
+    """Fills a model on one process from a checkpoint of any world size; returns the checkpoint's step.
+
+    Args:
+        kind: "ema" for the averaged weights, "master" for the plain ones.
+
+    Raises:
+        ConfigError: the checkpoint is of another model.
+    """
+    manifest = read_manifest(checkpoint)
+    shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+    check_same_model(shapes, {name: tuple(p.shape) for name, p in model.named_parameters()}, checkpoint)
+    reader = _PieceReader(checkpoint, manifest)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = torch.empty(parameter.numel())
+            reader.fill(kind, name, 0, flat)
+            parameter.copy_(flat.view_as(parameter))
+    reader.close()
+    return int(manifest["step"])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, reverse=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint.
+
+    Raises:
+        DamagedCheckpointError: it does not parse, has changed since it was written, or is of another format version.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        version, digest = manifest["format_version"], manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST}: {error!r}") from error
+    if digest != _digest(manifest):
+        raise DamagedCheckpointError(f"{MANIFEST} has another SHA-256 than when it was written")
+    if version != FORMAT_VERSION:
+        raise DamagedCheckpointError(f"{MANIFEST}: format_version {version}, this code reads {FORMAT_VERSION}")
+    return manifest
+
+
+def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
+    """Compares sizes and SHA-256 of every `shares`-th file with the manifest.
+
+    Raises:
+        DamagedCheckpointError: naming the first file that differs or is missing.
+    """
+    for entry in read_manifest(folder)["files"][share::shares]:
+        name = entry["name"]
+        if Path(name).name != name:
+            raise DamagedCheckpointError(f"{name!r} is no plain file name")
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpointError(f"{name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise DamagedCheckpointError(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        if sha256_of(path) != entry["sha256"]:
+            raise DamagedCheckpointError(f"{name} has another SHA-256 than when it was written")
+
+
+def check_same_model(saved: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raises ConfigError naming the first parameter in which a checkpoint and a model differ."""
+    for name in sorted(saved.keys() | built.keys()):
+        if saved.get(name) != built.get(name):
+            raise ConfigError(
+                f"{folder} is a checkpoint of another model: {name} is {saved.get(name, 'absent')} there and "
+                f"{built.get(name, 'absent')} in this config; use its model settings or another run_dir"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _PieceReader:
+    """Reads any stretch of any flattened parameter from the pieces that ranks wrote."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self._pieces: dict[str, list[tuple[int, int, str]]] = {}
+        names = [entry["name"] for entry in manifest["files"]]
+        for file_name, pieces in zip(names, manifest["pieces"], strict=False):  # the ledger comes after the ranks
+            for name, start, stop in pieces:
+                self._pieces.setdefault(name, []).append((start, stop, file_name))
+        self._folder = folder
+        self._open: dict[str, Any] = {}
+
+    def fill(self, kind: str, name: str, start: int, into: Tensor) -> None:
+        """Copies elements [start, start + into.numel()) of `kind/name` into a flat tensor."""
+        stop, filled = start + into.numel(), 0
+        for first, last, file_name in self._pieces[name]:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                piece = self._file(file_name).get_slice(f"{kind}/{name}@{first}")
+                into[low - start : high - start].copy_(piece[low - first : high - first])
+                filled += high - low
+        if filled != into.numel():
+            raise DamagedCheckpointError(f"{kind}/{name}: {filled} of {into.numel()} elements from {start} are there")
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self._folder / name, framework="pt").__enter__()
+        return self._open[name]
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.__exit__(None, None, None)
+
+
+def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _free_name(path: Path) -> Path:
+    def names() -> Iterator[Path]:
+        yield path
+        number = 1
+        while True:
+            number += 1
+            yield path.with_name(f"{path.name}-{number}")
+
+    return next(name for name in names() if not name.exists())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
