@@ -29,7 +29,6 @@ test-fast: $(STAMP) ## the tests that need one process, nothing else
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 install: $(STAMP) ## make .venv and install, nothing else
