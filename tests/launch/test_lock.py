@@ -1,4 +1,4 @@
-"""The lock and what uses it: every package pinned, what pyproject.toml asks for among them, nothing machine-specific."""
+"""The lock: every package pinned, what pyproject.toml asks for among them, nothing that fits one machine alone."""
 
 import re
 import subprocess
