@@ -5,7 +5,7 @@ pixels should find. Lengths are pixels at the scale of an unzoomed frame, y grow
 its centre at (row + 0.5, column + 0.5), times are seconds from the beginning of the shot.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -198,7 +198,14 @@ def truth(scene: Scene) -> dict[str, Any]:
         "count": count_per_frame[0],
         "count_per_frame": count_per_frame,
         "camera": [shot.camera.move.value for shot in scene.shots],
-        "backgrounds": [{**asdict(shot.background), "texture": shot.background.texture.value} for shot in scene.shots],
+        "backgrounds": [
+            {
+                "texture": shot.background.texture.value,
+                "rgb": list(shot.background.rgb),
+                "other_rgb": list(shot.background.other_rgb),
+            }
+            for shot in scene.shots
+        ],
         "cuts": list(scene.cuts),
     }
 
