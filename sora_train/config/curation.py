@@ -1,0 +1,63 @@
+"""Settings of curation: from a folder of videos to recaptioned shards, and of the index of existing shards."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class SceneDetectorKind(Enum):
+    content = "content"  # PySceneDetect's ContentDetector: change of hue, saturation and luma against a threshold
+    adaptive = "adaptive"  # its AdaptiveDetector: the same change against its neighbourhood; calmer under fast motion
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Where a source is cut into clips, and how the clips are encoded."""
+
+    detector: SceneDetectorKind = SceneDetectorKind.content
+    # Change between two frames (0 to 255) that counts as a cut; for adaptive the least change considered.
+    threshold: float = 27.0
+    # No two cuts closer than this.
+    min_scene_frames: int = 4
+    # Longer scenes are cut into equal parts.
+    max_clip_seconds: float = 20.0
+    # Of x264, for clips that are encoded anew. A source of a single scene keeps its bytes.
+    crf: int = 16
+    preset: str = "medium"
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """A clip outside these bounds is rejected; its scores stay in the record either way."""
+
+    min_side: int = 32
+    min_frames: int = 1
+    # Longer side over shorter side.
+    max_aspect: float = 4.0
+    # Standard deviation of luma (0 to 255) over the clip: a blank picture has none.
+    min_contrast: float = 1.0
+    # Mean absolute change of luma between frames a second apart or less (0 to 255); 0 keeps what stands still.
+    min_motion: float = 0.0
+
+
+@dataclass(frozen=True)
+class CurationConfig:
+    # Folder of videos and images, searched with its subfolders. NAME.txt beside NAME.mp4 is its original caption.
+    input: str = "???"
+    # Folder that receives shards, dataset.json, rejects.jsonl and curation.json; must be new, or of the same run.
+    output: str = "???"
+    # Sources taken, in the order of their paths; 0 takes all.
+    limit: int = 0
+    # Processes. The shards do not depend on their number.
+    workers: int = 1
+    # Largest decoded picture accepted, against files that claim sizes no memory holds.
+    max_source_pixels: int = 8192 * 8192
+    # Shards are of equal size in bytes, at most about this.
+    shard_mib: int = 256
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    # Folder of WebDataset tars to index.
+    shards: str = "???"
