@@ -67,7 +67,7 @@ def render_corpus(config: WorldConfig) -> int:
 
     tasks = [missing[start : start + _CLIPS_PER_TASK] for start in range(0, len(missing), _CLIPS_PER_TASK)]
     write = functools.partial(write_clips, folder, config)
-    workers = min(config.workers or len(os.sched_getaffinity(0)), len(tasks))
+    workers = min(config.workers or os.cpu_count() or 1, len(tasks))
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("clips", total=len(missing))
