@@ -104,7 +104,7 @@ def curate(config: CurationConfig, console: Console) -> tuple[StageCount, ...]:
     output = Path(config.output).absolute()
     work = Workspace(output / ".curation")
     sources, identity = plan_run(config)
-    if is_finished(output, identity):
+    if is_finished(output):
         console.print(f"{output} is complete: nothing to do", highlight=False, soft_wrap=True)
         shutil.rmtree(work.root, ignore_errors=True)
         return read_summary(output)
@@ -224,8 +224,8 @@ def read_identity(output: Path) -> dict[str, Any] | None:
     return None
 
 
-def is_finished(output: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this run, complete (`check_output` has ruled out any other)."""
+def is_finished(output: Path) -> bool:
+    """Whether the folder holds a complete run; `check_output` has ruled out any but this one."""
     return (output / SUMMARY).is_file()
 
 

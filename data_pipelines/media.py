@@ -169,8 +169,8 @@ def _even_upright(frame: VideoFrame) -> VideoFrame:
     height, width = displayed_size(frame)
     if rotation(frame) == 0 and height % 2 == 0 and width % 2 == 0:
         return frame.reformat(format="yuv420p")
-    picture = np.rot90(frame.to_ndarray(format="rgb24"), rotation(frame))
-    even = np.ascontiguousarray(picture[: height // 2 * 2, : width // 2 * 2])
+    picture: Frames = np.rot90(frame.to_ndarray(format="rgb24"), rotation(frame))
+    even: Frames = np.ascontiguousarray(picture[: height // 2 * 2, : width // 2 * 2])
     return VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p")
 
 

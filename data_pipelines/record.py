@@ -22,6 +22,7 @@ class Reject:
     reason: str
 
     def to_json(self) -> str:
+        """A line of rejects.jsonl."""
         values = {"key": self.key, "path": self.path, "stage": self.stage, "reason": self.reason}
         return json.dumps(values, ensure_ascii=False)
 

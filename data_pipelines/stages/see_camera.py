@@ -1,5 +1,5 @@
-"""How the camera moves, from the pixels that belong to no object: shifts and zooms are tried on neighbouring frames,
-and the one that maps each frame onto the next wins if it explains much more than standing still.
+"""How the camera moves, from the pixels that belong to no object: shifts and zooms are tried on frames a little
+apart, and the one that maps each onto its partner wins if it explains much more than standing still.
 
 Part of the pixel captioner.
 """
@@ -14,10 +14,12 @@ from data_pipelines.record import Frames
 from data_pipelines.stages.filter_quality import LUMA
 
 STATIC = "static"
-MAX_PAIRS = 8
-STILL_ERROR = 0.8  # mean change of luma that coding noise alone causes
+# Two luma pictures and the pixels of both that belong to no object.
+Pair = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]
+PAIRS = 8  # over the clip: far enough apart for a slow move to show, near enough for a fast one to be found
+STILL_ERROR = 0.5  # mean change of luma that coding noise alone causes
 EXPLAINED = 0.6  # a move must bring the error of a still camera under this share of it
-MAX_SHIFT_SHARE = 0.09  # of a side, between two frames of the view
+MAX_SHIFT_SHARE = 0.09  # of a side, between the two frames of a pair
 SHIFT_STEP = 0.25  # pixels
 ZOOMS = tuple(np.round(np.arange(-0.08, 0.0801, 0.004), 4))  # of the logarithm of the scale
 
@@ -50,8 +52,9 @@ def find_camera(frames: Frames, ignore: NDArray[np.bool_]) -> tuple[CameraMotion
     if len(frames) < 2:
         return CameraMotion(), 0.0
     luma = frames.astype(np.float32) @ LUMA
-    firsts = np.unique(np.linspace(0, len(frames) - 2, MAX_PAIRS).astype(int))
-    pairs = [(luma[i], luma[i + 1], ~(ignore[i] | ignore[i + 1])) for i in firsts]
+    gap = max(1, (len(frames) - 1) // PAIRS)
+    firsts = range(0, len(frames) - gap, gap)
+    pairs = [(luma[i], luma[i + gap], ~(ignore[i] | ignore[i + gap])) for i in firsts]
     still = _error(pairs, CameraMotion())
     if still < STILL_ERROR:
         return CameraMotion(), still
@@ -69,7 +72,7 @@ def find_camera(frames: Frames, ignore: NDArray[np.bool_]) -> tuple[CameraMotion
     signed = move.shift_x + move.shift_y + move.log_scale
     sides = {"pan": ("left", "right"), "tilt": ("up", "down"), "zoom": ("out", "in")}[move.name]
     name = f"{move.name} {sides[int(signed > 0)]}"
-    return CameraMotion(name, move.shift_x, move.shift_y, move.log_scale), errors[best]
+    return CameraMotion(name, move.shift_x / gap, move.shift_y / gap, move.log_scale / gap), errors[best]
 
 
 def _steps(side: int) -> list[float]:
@@ -77,9 +80,7 @@ def _steps(side: int) -> list[float]:
     return [SHIFT_STEP * step for step in range(-count, count + 1) if step]
 
 
-def _error(
-    pairs: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]], move: CameraMotion
-) -> float:
+def _error(pairs: list[Pair], move: CameraMotion) -> float:
     """Mean absolute difference between each second frame and its first frame as the move would show it."""
     height, width = pairs[0][0].shape
     scale = np.exp(-move.log_scale)

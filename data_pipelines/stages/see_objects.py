@@ -129,6 +129,8 @@ def _inside(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _measure(frame: Frames, strength: NDArray[np.uint8], region: NDArray[np.bool_], color: str) -> Blob | None:
     inside = _inside(region)
+    if inside is region:
+        return None  # a sliver: something that comes out from behind something else
     level = float(np.median(strength[inside]))
     if level < MIN_OBJECT_CHROMA:
         return None
