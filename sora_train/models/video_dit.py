@@ -110,7 +110,10 @@ def initialize(model: VideoDiT) -> None:
 
     Linear layers are Xavier-uniform with zero bias, embeddings small normal, as in Wan and DiT. Gates, the
     cross-attention's output and the last layer start at zero (adaLN-zero, DiT section 3.2): each block begins as
-    the identity and the prediction as zero.
+    the identity and the prediction as zero. The pooled text's projection does not: through it colour follows the
+    prompt first. On 240 steps of coloured moving squares (one seed, held-out error; in brackets what shuffled
+    captions add): this 0.246 (0.065), Wan's own (nothing but the last layer at zero) 0.323 (0.046), gates at one
+    0.322 (0.019), pooled projection at zero 0.270 (0.006).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

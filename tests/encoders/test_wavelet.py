@@ -38,6 +38,17 @@ def test_first_frame_stands_alone():
     torch.testing.assert_close(codec.encode(frames)[:, :1], codec.encode(frames[:, :1]))
 
 
+def test_of_the_first_box_only_the_mean_over_time_counts():
+    """A model may put anything there; what it means is one frame."""
+    codec = build_codec(CodecConfig(), "cpu")
+    latents = torch.randn(96, 2, 2, 2) * 0.1
+    changed = latents.clone()
+    changed[48:, 0] += 1.0  # detail over time: the second half of the coefficients
+    torch.testing.assert_close(codec.decode(changed), codec.decode(latents), atol=1e-6, rtol=0)
+    changed[:48, 0] += 0.1
+    assert (codec.decode(changed)[:, 0] - codec.decode(latents)[:, 0]).abs().max() > 0.01
+
+
 def test_coarse_channels_are_the_mean_colour():
     codec = build_codec(CodecConfig(temporal_ratio=2, spatial_ratio=4), "cpu")
     frames = torch.tensor([0.5, -0.25, 1.0])[:, None, None, None].expand(3, 3, 8, 8)
