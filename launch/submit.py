@@ -26,6 +26,7 @@ from launch.torchrun import child_environment, local_command, num_processes, run
 from sora_train.config.command import hydra_app
 from sora_train.config.launch import ClusterKind, SubmitConfig
 from sora_train.config.root import ConfigError, TrainConfig, load_config, save_config
+from sora_train.training.run import check as check_training
 
 
 @hydra_app(SubmitConfig, "submit")
@@ -45,7 +46,11 @@ def submit(config: SubmitConfig) -> int:
     check(config)
     working_dir = Path.cwd()
     run_dir = Path(config.run_dir)
-    path = run_dir / "config.yaml" if config.dry_run else freeze(training_config(config), run_dir)
+    training = training_config(config)
+    if not config.dry_run:
+        # The ranks check the same; here a mistake is one line, and not a line among what torchrun says of its end.
+        check_training(training)
+    path = run_dir / "config.yaml" if config.dry_run else freeze(training, run_dir)
     if config.cluster.kind is ClusterKind.slurm:
         script = slurm_script(config, path, working_dir)
         print(script if config.dry_run else submit_script(script, run_dir), flush=True)

@@ -13,6 +13,7 @@ from launch.submit import as_job_of_sweep, freeze, job_name, main, training_conf
 from sora_train.config.data import DataConfig
 from sora_train.config.launch import ClusterConfig, ClusterKind, SubmitConfig
 from sora_train.config.root import TrainConfig, build_config, load_config, save_config, writable
+from sora_train.training.run import check as check_training
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def started(monkeypatch, tmp_path):
         return codes.pop(0) if codes else 0
 
     monkeypatch.setattr(submit_module, "run", record)
+    monkeypatch.setattr(submit_module, "check_training", lambda config: None)
     monkeypatch.chdir(tmp_path)
     return calls, codes
 
@@ -162,6 +164,17 @@ def test_submit_and_train_compose_the_same_run():
         train = build_config(TrainConfig, compose("train", overrides))
         submitted = build_config(SubmitConfig, compose("submit", overrides))
     assert training_config(submitted) == train
+
+
+def test_what_cannot_train_is_refused_before_anything_is_written(started, monkeypatch, tmp_path, capsys):
+    calls, _ = started
+    monkeypatch.setattr(submit_module, "check_training", check_training)
+    assert submit(monkeypatch, "data.shards=/nowhere", "model.in_channels=96", "model.out_channels=96") == 2
+    error = capsys.readouterr().err
+    assert "/nowhere" in error
+    assert error.count("\n") == 1
+    assert calls == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_slurm_without_sbatch_says_so(started, monkeypatch, capsys):
