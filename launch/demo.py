@@ -7,6 +7,7 @@ where it was: rendering, curation and training each know what they have done.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,11 @@ def stages(folder: Path, clips: int, steps: int, processes: int, prompts: int) -
             "data_pipelines.world",
             [setting("output", videos), f"clips={clips}", "level=simple", "exclude_held_out=true"],
         ),
-        Stage("curate", "data_pipelines.curate", [setting("input", videos), setting("output", shards)]),
+        Stage(
+            "curate",
+            "data_pipelines.curate",
+            [setting("input", videos), setting("output", shards), f"workers={os.cpu_count() or 1}"],
+        ),
         Stage(
             "train",
             "launch.submit",

@@ -69,7 +69,7 @@ def test_the_whole_path_on_two_ranks(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     scores = json.loads((folder / "scores.json").read_text())
-    assert [step for step, _ in scores["loss"]] == [0, 1, 2, 3]
+    assert [step for step, _ in scores["loss"]] == [1, 2, 3, 4]
     assert scores["prompts"] == 12
     assert min(scores["scorer_on_truth"][name] for name in ("color", "shape", "motion")) >= 0.99
     assert set(scores["seconds"]) == {"render", "curate", "train", "evaluate"}
