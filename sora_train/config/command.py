@@ -6,6 +6,7 @@ key, the value and the fix, and an exit code, so overrides are composed once her
 
 import argparse
 import functools
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -68,8 +69,9 @@ def hydra_app(schema: type[Schema], config_name: str) -> Callable[[Callable[[Sch
 
 
 def fail(error: ConfigError) -> None:
-    """Prints the one line and leaves with the exit code of a user's mistake."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Prints the one line, on the first of many ranks only, and leaves with the exit code of a user's mistake."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_USE)
 
 

@@ -40,6 +40,8 @@ class TrainConfig:
     steps: int = 100000
     # Threads of torch on each rank's CPU; 0 shares the host's cores among its ranks.
     threads: int = 0
+    # Settings (or whole sections) that a resumed run may have changed, by name; see training/run.py.
+    allow_changes: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -125,7 +127,7 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def writable(schema: type) -> DictConfig:
-    """The schema's defaults as an omegaconf tree that takes overrides; frozen dataclasses alone give read-only nodes."""
+    """The schema's defaults as an omegaconf tree that takes overrides, which a frozen dataclass alone does not."""
     config = OmegaConf.structured(schema)
     _set_writable(config)
     return config

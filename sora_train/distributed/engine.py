@@ -28,7 +28,9 @@ def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig) -> dict[str, 
     }
 
 
-def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, parallel: ParallelConfig, optim: OptimConfig) -> Any:
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parallel: ParallelConfig, optim: OptimConfig
+) -> Any:
     """Wraps the model for ZeRO over the whole world.
 
     The optimizer must come with a learning rate of 0: at ZeRO-0 with bf16 DeepSpeed takes a step on zero gradients to
@@ -57,7 +59,7 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def gradient_norm(engine: Any) -> torch.Tensor | float | None:
-    """Norm of the last step's gradient before clipping; None where DeepSpeed keeps none (fp32 at ZeRO-0)."""
+def gradient_norm(engine: Any) -> dict[str, float]:
+    """{"gradient_norm": …} of the last step before clipping; nothing where DeepSpeed keeps none (fp32 at ZeRO-0)."""
     norm: torch.Tensor | float | None = engine.get_global_grad_norm()
-    return norm
+    return {} if norm is None else {"gradient_norm": float(norm)}

@@ -6,6 +6,7 @@ The model knows nothing of ranks or devices; the order here is the order of appl
 import functools
 import logging
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from sora_train.config.parallel import ParallelConfig, Precision
@@ -16,13 +17,14 @@ from sora_train.models.video_dit import VideoDiT
 log = logging.getLogger(__name__)
 
 
-def parallelize(model: VideoDiT, config: ParallelConfig, world: World) -> None:
-    """1. every `Attention.core` becomes the configured kernel; 2. blocks recompute their activations if asked."""
-    import torch
+def parallelize(model: VideoDiT, config: ParallelConfig, world: World, *, is_quiet: bool = False) -> None:
+    """1. every `Attention.core` becomes the configured kernel; 2. blocks recompute their activations if asked.
 
+    One line says which kernel runs and why, unless `is_quiet`.
+    """
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     core, reason = choose_core(config.attention, world.device, dtype)
-    if world.is_main:
+    if world.is_main and not is_quiet:
         log.info("attention: %s", reason)
     for module in model.modules():
         if isinstance(module, Attention):

@@ -35,6 +35,7 @@ class Fragment:
 
     @property
     def length(self) -> int:
+        """Elements of the piece."""
         return self.master.numel()
 
 

@@ -21,7 +21,13 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this rank speaks for all."""
         return self.global_rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """As torch names it: what the peak of its arithmetic is looked up by."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:

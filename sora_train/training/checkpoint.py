@@ -92,7 +92,7 @@ class Checkpoints:
         _sync(path)
         entries = gather_facts(_entry(path))
         pieces = gather_facts([(f.name, f.start + f.written[0], f.start + f.written[1]) for f in self.held])
-        shapes = {name: shape for part in gather_facts({f.name: f.shape for f in self.held}) for name, shape in part.items()}
+        shapes = _shapes_of(self.engine.module)
         if self.world.is_main:
             self._commit(temporary, final, state, entries, pieces, shapes)
         barrier()
@@ -109,7 +109,13 @@ class Checkpoints:
         return tensors
 
     def _commit(
-        self, temporary: Path, final: Path, state: TrainState, entries: list[Any], pieces: list[Any], shapes: dict[str, Any]
+        self,
+        temporary: Path,
+        final: Path,
+        state: TrainState,
+        entries: list[Any],
+        pieces: list[Any],
+        shapes: dict[str, Any],
     ) -> None:
         if self.ledger.exists():
             shutil.copyfile(self.ledger, temporary / LEDGER)

@@ -1,21 +1,93 @@
 """One micro-step: a pack in, this rank's share of the step's loss out.
 
-    latents    codec of the frames (or cached)                       C T H W each
-    noisy      (1 - t) latents + t noise                             L P
-    prediction the model, called through the engine                  L Q
-    loss       sum of weighted squared errors / planned global count scalar
+latents    the codec's, of each clip's frames                    C T H W each
+noisy      (1 - t) latents + t noise                             C T H W each, then L P
+prediction of the model, called through the engine               L Q
+loss       weighted squared error, summed, / planned global count
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sora_train.config.diffusion import CountedBy, DiffusionConfig
 from sora_train.config.model import ModelConfig, TextKind
+from sora_train.config.root import TrainConfig
+from sora_train.cost.flops import step_flops
 from sora_train.data.loader import Pack
-from sora_train.encoders.video_codec import VideoCodec, to_unit_range
-from sora_train.models.attention import PackLayout
-from sora_train.models.patchify import patchify, positions
+from sora_train.diffusion.flow_matching import interpolate, squared_error
+from sora_train.distributed.topology import World
+from sora_train.encoders.text_encoder import TextEncoder, load_text_encoder
+from sora_train.encoders.video_codec import VideoCodec, build_codec, to_unit_range
+from sora_train.models.inputs import Text, pack_inputs, unpack_prediction
 from sora_train.training.metrics import PackLoss
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What is frozen: between pixels and latents, and, unless the model reads bytes, between captions and rows."""
+
+    codec: VideoCodec
+    text: TextEncoder | None
+
+    def encode_text(self, captions: Sequence[str]) -> Text:
+        """The captions as the model takes them."""
+        return list(captions) if self.text is None else self.text.encode(list(captions))
+
+
+def build_encoders(config: TrainConfig, world: World) -> Encoders:
+    """The frozen encoders of the config, on this rank's device. Raises ConfigError when one cannot be built."""
+    codec = build_codec(config.codec, world.device)
+    if config.model.text.kind is TextKind.bytes:
+        return Encoders(codec, None)
+    return Encoders(codec, load_text_encoder(config.text_encoder, world.device, torch.bfloat16))
+
+
+def diffusion_loss(
+    model: Any, pack: Pack, encoders: Encoders, model_config: ModelConfig, config: DiffusionConfig
+) -> PackLoss:
+    """The pack's share of the step's loss: sum over its clips of weight * squared error / the step's planned count.
+
+    Args:
+        model: the engine (or a bare VideoDiT), called as `model(tokens_LP, positions_L3, t_S, text, layout)`.
+        pack: on the model's device.
+        encoders: frozen.
+        model_config: sizes of patches and channels.
+        config: what is predicted, where the error is squared, what it is divided by.
+    """
+    with torch.no_grad():
+        latents = [encoders.codec.encode(to_unit_range(frames)) for frames in pack.frames]
+        noisy = [interpolate(x, noise, t) for x, noise, t in zip(latents, pack.noise, pack.t_S, strict=True)]
+        inputs = pack_inputs(noisy, encoders.encode_text(pack.text), model_config)
+
+    prediction_LQ = model(inputs.tokens_LP, inputs.positions_L3, pack.t_S, inputs.text, inputs.layout)
+
+    predictions = unpack_prediction(prediction_LQ, inputs, model_config)
+    error_S = torch.stack(
+        [
+            squared_error(
+                prediction, x, noise, t, prediction_is=config.prediction, loss_on=config.loss_on, min_t=config.min_t
+            ).mean()
+            for prediction, x, noise, t in zip(predictions, latents, pack.noise, pack.t_S, strict=True)
+        ]
+    )
+    tokens_S = error_S.new_tensor(inputs.layout.lengths)
+    if config.counted_by is CountedBy.tokens:
+        loss = (pack.weight_S * tokens_S * error_S).sum() / pack.planned_tokens
+    else:
+        loss = (pack.weight_S * error_S).sum() / pack.planned_samples
+    return PackLoss(
+        loss=loss,
+        sample_loss_S=error_S.detach(),
+        t_S=pack.t_S,
+        weight_S=pack.weight_S,
+        tokens=inputs.tokens_LP.shape[0],
+        clips=len(pack.samples),
+        frames=sum(frames.shape[0] for frames in pack.frames),
+        flops=sum(
+            step_flops(model_config, tokens, text_rows)
+            for tokens, text_rows in zip(inputs.layout.lengths, inputs.layout.text_lengths, strict=True)
+        ),
+    )

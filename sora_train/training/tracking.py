@@ -6,8 +6,8 @@ Everything carries our own step: W&B's counter restarts at 0 when an offline run
 import json
 import logging
 import os
+import secrets
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sora_train.config.root import TrainConfig
 from sora_train.config.tracking import WandbMode
+from sora_train.training.metrics import Means
 
 METRICS = "metrics.jsonl"
 _RUN_ID = "wandb_run_id"
@@ -27,8 +28,8 @@ class Tracker:
     """Takes metrics on rank 0; on other ranks it does nothing."""
 
     def __init__(self, config: TrainConfig, resolved: dict[str, Any], *, enabled: bool, start_step: int) -> None:
-        """`resolved` is the config as plain values; lines of steps from `start_step` on, left by a run that was killed
-        after its last checkpoint, are dropped: the same steps come again."""
+        """`resolved` is the config as plain values. Lines after `start_step` steps, left by a run that was killed after
+        its last checkpoint, are dropped: the same steps come again."""
         self.enabled = enabled
         if not enabled:
             return
@@ -51,46 +52,48 @@ class Tracker:
             disable=not console.is_terminal,
         )
         self._progress.start()
-        self._task = self._progress.add_task("train", total=config.steps, completed=start_step, name=config.name, shown="")
+        self._task = self._progress.add_task(
+            "train", total=config.steps, completed=start_step, name=config.name, shown=""
+        )
         self._steps = config.steps
 
-    def log(self, step: int, step_losses: Sequence[float], means: dict[str, float]) -> None:
-        """The steps up to and including `step`: a line each with its loss, the last one with all means."""
+    def log(self, step: int, means: Means, more: dict[str, float]) -> None:
+        """After `step` steps: a line for each step since the last call with its loss; the last has all means too."""
         if not self.enabled:
             return
-        first = step - len(step_losses) + 1
-        for number, loss in enumerate(step_losses, start=first):
-            row: dict[str, Any] = {"step": number, "loss": loss}
-            if number == step:
-                row |= {"mean_loss" if key == "loss" else key: value for key, value in means.items()}
-            self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        numbers = range(step - len(means.step_losses) + 1, step + 1)
+        for number, loss in zip(numbers, means.step_losses, strict=True):
+            row = {"step": number, "loss": loss}
+            self._write(row | means.values | more if number == step else row)
         if self._wandb is not None:
-            self._wandb.log({"step": step, **means})
-        shown = f"loss {means['loss']:.4f}  {means['tokens_per_second']:,.0f} tokens/s"
-        self._progress.update(self._task, completed=step + 1, shown=shown)
+            self._wandb.log({"step": step, "loss": means.loss, **means.values, **more})
+        shown = f"loss {means.loss:.4f}  {means.values['tokens_per_second']:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, shown=shown)
         if self._progress.disable:
-            self._print_line(step, shown, means["step_seconds"])
+            self._print_line(step, shown, means.values["step_seconds"])
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
 
     def _print_line(self, step: int, shown: str, step_seconds: float) -> None:
         """Into a log file, a line every ten seconds at most."""
-        if time.monotonic() - self._quiet_since >= 10 or step + 1 == self._steps:
+        if time.monotonic() - self._quiet_since >= 10 or step == self._steps:
             self._quiet_since = time.monotonic()
-            left = (self._steps - step - 1) * step_seconds
-            log.info("step %d/%d  %s  %.0f s left", step + 1, self._steps, shown, left)
+            left = (self._steps - step) * step_seconds
+            log.info("step %d/%d  %s  %.0f s left", step, self._steps, shown, left)
 
     def log_validation(self, step: int, values: dict[str, float], videos: dict[str, Path]) -> None:
         """Held-out losses and sampled videos (prompt -> mp4) after `step` steps."""
         if not self.enabled:
             return
         named = {str(path.name): prompt for prompt, path in videos.items()}
-        self._file.write(json.dumps({"step": step - 1, **values, **({"samples": named} if named else {})}) + "\n")
-        self._file.flush()
+        self._write({"step": step, **values, **({"samples": named} if named else {})})
         if self._wandb is not None:
             import wandb
 
             media = {f"samples/{prompt}": wandb.Video(str(path)) for prompt, path in videos.items()}
-            self._wandb.log({"step": step - 1, **values, **media})
+            self._wandb.log({"step": step, **values, **media})
 
     def close(self, exit_code: int = 0) -> None:
         """Flushes and ends the W&B run."""
@@ -110,7 +113,7 @@ def _start_wandb(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -
 
     id_file = run_dir / _RUN_ID  # one W&B run per run directory, however often it is resumed
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     run = wandb.init(
         project=config.tracking.project,
         name=config.name,
@@ -127,13 +130,13 @@ def _start_wandb(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Keeps the lines of a metrics file whose step is below `step`; a line cut off by a kill goes too."""
+    """Keeps the lines of a metrics file up to `step` steps; a line cut off by a kill goes too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] < step:
+            if json.loads(line)["step"] <= step:
                 kept.append(line)
         except ValueError:
             continue

@@ -1,0 +1,192 @@
+"""The run directory's memory of what is being trained: config, fingerprints, quarantine, how it ended."""
+
+import hashlib
+import json
+import logging
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from omegaconf import OmegaConf
+
+from sora_train.config.root import ConfigError, TrainConfig, known_keys, save_config
+from sora_train.data.index import open_dataset
+from sora_train.data.pack import Failure
+from sora_train.distributed.collectives import barrier
+from sora_train.distributed.topology import World
+from sora_train.encoders.video_codec import codec_shape
+from sora_train.models.video_dit import check_model
+from sora_train.training.checkpoint import LEDGER, complete_checkpoints, read_manifest
+
+STATUS = "status.json"
+# May differ between the start of a run and its continuation: they do not change what is learnt, or are meant to be
+# extended. Everything else needs allow_changes.
+FREE_TO_CHANGE = (
+    "name",
+    "run_dir",
+    "steps",
+    "threads",
+    "allow_changes",
+    "data.shards",  # may have moved; the fingerprint tells whether it is the same data
+    "data.workers",
+    "data.read_ahead",
+    "parallel.",
+    "checkpoint.",
+    "validation.",
+    "sampling.",
+    "tracking.",
+)
+
+log = logging.getLogger(__name__)
+
+
+def resolved(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain values, as YAML and manifests hold it."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def facts(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says about where it comes from."""
+    return {
+        "config": resolved(config),
+        "data_sha256": data_fingerprint(config.data.shards),
+        "versions": {name: version(name) for name in ("sora_train", "torch", "deepspeed", "webdataset")},
+        "code": code_fingerprint(),
+    }
+
+
+def data_fingerprint(shards: str) -> str:
+    """SHA-256 of dataset.json, which holds those of all shards."""
+    with fsspec.open(f"{shards.rstrip('/')}/dataset.json", "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def code_fingerprint() -> str:
+    """The git commit of the installed source tree, or nothing when it is not one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def check(config: TrainConfig) -> dict[str, Any]:
+    """All that can be checked without a device or a process group. Returns the run's facts (see `facts`).
+
+    Raises:
+        ConfigError: a setting that cannot work, no data, or a run directory trained with other settings.
+    """
+    check_model(config.model)
+    channels = codec_shape(config.codec).channels
+    for name in ("in_channels", "out_channels"):
+        if getattr(config.model, name) != channels:
+            raise ConfigError(
+                f"model.{name}={getattr(config.model, name)}, but codec={config.codec.kind.value} has {channels} "
+                f"channels: set model.{name}={channels}"
+            )
+    limits = {
+        "steps": (config.steps, 1, None),
+        "checkpoint.save_every": (config.checkpoint.save_every, 1, None),
+        "checkpoint.keep": (config.checkpoint.keep, 0, None),
+        "tracking.log_every": (config.tracking.log_every, 1, None),
+        "validation.evaluate_every": (config.validation.evaluate_every, 0, None),
+        "parallel.zero_stage": (config.parallel.zero_stage, 0, 3),
+        "sampling.steps": (config.sampling.steps, 1, None),
+        "ema.decay": (config.ema.decay, 0, 1),
+    }
+    for key, (value, low, high) in limits.items():
+        if value < low or (high is not None and value > high):
+            raise ConfigError(f"{key}={value}: choose {f'{low} to {high}' if high is not None else f'{low} or more'}")
+    open_dataset(config.data.shards)
+    new_facts = facts(config)
+    check_continuation(config, new_facts)
+    return new_facts
+
+
+def open_run_dir(config: TrainConfig, world: World) -> Path:
+    """Makes the run directory with its config and turns logging on; rank 0 speaks for all."""
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", force=True)
+    run_dir = Path(config.run_dir)
+    if world.is_main:
+        save_config(config, run_dir / "config.yaml")
+        write_status(run_dir, "running", 0)
+    barrier()
+    return run_dir
+
+
+def close_run_dir(run_dir: Path, world: World, state: str, step: int) -> None:
+    """Leaves word of how the run ended."""
+    if world.is_main:
+        write_status(run_dir, state, step)
+        log.info("%s after %d steps: %s", state, step, run_dir)
+
+
+def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
+    """Compares with the newest checkpoint of the run directory.
+
+    Raises:
+        ConfigError: a setting differs that is not free to change and not in `allow_changes`; or the data does.
+    """
+    known = known_keys(TrainConfig)
+    for name in config.allow_changes:
+        if name not in known and name != "data":
+            raise ConfigError(f"allow_changes: {name} is not a setting")
+    newest = complete_checkpoints(Path(config.run_dir) / "checkpoints")[:1]
+    for folder in newest:
+        old_facts = read_manifest(folder)
+        old, new = flatten(old_facts["config"]), flatten(new_facts["config"])
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        refused = [key for key in changed if not key.startswith((*FREE_TO_CHANGE, *config.allow_changes))]
+        if refused:
+            difference = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in refused)
+            raise ConfigError(
+                f"{config.run_dir} was trained with other settings ({difference}): choose another run_dir, or pass "
+                f"allow_changes=[{','.join(refused)}] to go on with the new ones"
+            )
+        if old_facts["data_sha256"] != new_facts["data_sha256"] and "data" not in config.allow_changes:
+            raise ConfigError(
+                f"data.shards={config.data.shards} holds other data than {config.run_dir} was trained on: "
+                "choose another run_dir, or pass allow_changes=[data] to go on with it"
+            )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+class Quarantine:
+    """The ledger of clips that could not be read, quarantine.jsonl: each once, with its reason and first step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LEDGER
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self._known = {(row["shard"], row["key"]) for row in map(json.loads, lines)}
+
+    def add(self, step: int, failures: Iterable[Failure]) -> None:
+        """Clips that failed in a step."""
+        for failure in failures:
+            if (failure.shard, failure.key) not in self._known:
+                self._known.add((failure.shard, failure.key))
+                log.warning("quarantined %s of %s: %s", failure.key, failure.shard, failure.reason)
+                with self.path.open("a") as ledger:
+                    ledger.write(json.dumps({**asdict(failure), "first_step": step}) + "\n")
+
+
+def write_status(run_dir: Path, state: str, step: int) -> None:
+    """How the run stands, for the launcher: "running", "finished" or "stopped" (by a signal, to be requeued)."""
+    temporary = run_dir / (STATUS + ".tmp")
+    temporary.write_text(json.dumps({"state": state, "step": step}))
+    temporary.replace(run_dir / STATUS)

@@ -1,0 +1,69 @@
+"""DeepSpeed against one process of plain torch, and checkpoints against the run that was not interrupted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+CASES = Path(__file__).with_name("cases.py")
+
+
+def run_world(ranks: int, folder: Path, *names: str) -> list[dict[str, Any]]:
+    out = folder / f"results-{ranks}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(CASES)]
+    done = subprocess.run([*command, str(folder), str(out), *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    results: list[dict[str, Any]] = json.loads(out.read_text())
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    names = ("equals_one_process", "resumes_bitwise", "resumes_elsewhere", "falls_back")
+    return run_world(2, folder, *names)
+
+
+def of(results: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
+    found = [result for result in results if result["case"] == case]
+    assert len(found) == (8 if case == "resumes_bitwise" else 4), f"every stage (and precision) of {case}"
+    return found
+
+
+def test_loss_and_weights_equal_one_process_at_every_zero_stage(two_ranks: list[dict[str, Any]]) -> None:
+    for result in of(two_ranks, "equals_one_process"):
+        assert result["loss"] < 1e-6, result
+        assert result["average"] < 1e-5, result
+
+
+def test_resumed_equals_uninterrupted_bitwise(two_ranks: list[dict[str, Any]]) -> None:
+    for result in of(two_ranks, "resumes_bitwise"):
+        assert result["started_at"] == 2, result
+        assert result["losses"], result
+        assert result["pieces"], result
+
+
+def test_another_zero_stage_resumes_without_conversion(two_ranks: list[dict[str, Any]]) -> None:
+    for result in of(two_ranks, "resumes_elsewhere"):
+        assert result["loss"] < 1e-6, result
+        assert result["average"] < 1e-5, result
+
+
+def test_damage_is_noticed_and_the_checkpoint_before_is_taken(two_ranks: list[dict[str, Any]]) -> None:
+    for result in of(two_ranks, "falls_back"):
+        assert result["started"] == [1, 1, 1, 1], result
+        damaged = [name for name in result["kept"] if name.startswith("replaced-")]
+        assert damaged, "what was damaged is kept aside, not overwritten"
+
+
+def test_another_number_of_ranks_resumes_without_conversion(tmp_path: Path) -> None:
+    for ranks, started_at in ((2, 0), (3, 2), (1, 4)):
+        for result in of(run_world(ranks, tmp_path, "continues"), "continues"):
+            assert result["started_at"] == started_at, result
+            assert result["loss"] < 1e-5, result
+            assert result["average"] < 1e-5, result
