@@ -57,7 +57,8 @@ def test_every_option_stands_before_the_first_command(tmp_path):
 def test_run_under_slurm_it_starts_torchrun_on_the_frozen_configuration(tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
-    put_program(programs, "scontrol", 'printf "first\\nsecond\\n"')
+    # More names than a pipe holds: one that is closed early must not end the job.
+    put_program(programs, "scontrol", "echo first; seq 100000")
     put_program(programs, "srun", 'printf "%s\\n" "$DS_ACCELERATOR" "$@"')
     # What a name holds must stay a name.
     script = script_of(tmp_path, name="a b; touch $HOME/x", nodes=2, gpus_per_node=0, processes_per_node=3)
