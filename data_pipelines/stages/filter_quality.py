@@ -13,10 +13,11 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601
 
 
 def quality_scores(view: View) -> dict[str, float]:
-    """Scores of a view, all on the scale 0 to 255 of luma.
+    """Scores of a view, all on the scale 0 to 255.
 
-    `motion`: mean absolute change between neighbouring frames; `brightness`: mean; `contrast`: standard deviation
-    within a frame, the mean over frames; `sharpness`: mean absolute difference of neighbouring pixels.
+    Of luma: `motion`, mean absolute change between neighbouring frames; `brightness`, mean; `sharpness`, mean absolute
+    difference of neighbouring pixels. Of the color channel that varies most: `contrast`, standard deviation within a
+    frame, the mean over frames; luma alone would call a red figure on a gray of its brightness blank.
     """
     luma = view.frames.astype(np.float32) @ LUMA
     motion = float(np.abs(np.diff(luma, axis=0)).mean()) if len(luma) > 1 else 0.0
@@ -24,7 +25,7 @@ def quality_scores(view: View) -> dict[str, float]:
     return {
         "motion": round(motion, 3),
         "brightness": round(float(luma.mean()), 3),
-        "contrast": round(float(luma.std(axis=(1, 2)).mean()), 3),
+        "contrast": round(float(view.frames.std(axis=(1, 2), dtype=np.float32).mean(axis=0).max()), 3),
         "sharpness": round(float(np.mean(edges)) if edges else 0.0, 3),
     }
 

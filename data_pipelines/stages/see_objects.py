@@ -25,6 +25,7 @@ MIN_AREA_SHARE = 0.004  # of the frame
 MAX_OBJECTS = 6
 HUE_SHARE = 0.2  # of a region's inside: less is the rim of another hue
 MAX_UNEVENNESS = 14.0  # median distance of RGB inside an object from its median
+EVEN_SHARE = 0.6  # of the frames in which an object must be even
 MIN_FIT = 0.8  # share of the best enclosing outline that an object fills
 ENLARGE = 4  # outlines are traced between pixels
 
@@ -102,7 +103,7 @@ def find_blobs(frame: Frames) -> list[Blob] | None:
             return None
     around = cv2.dilate(taken, np.ones((7, 7), np.uint8)) == 0
     coloured = np.count_nonzero(strength[around] > GROUND_CHROMA) if around.any() else strength.size
-    if coloured > 0.01 * strength.size or not all(blob.is_even for blob in blobs):
+    if coloured > 0.01 * strength.size:
         return None
     return blobs
 
@@ -185,7 +186,10 @@ def find_tracks(frames: Frames) -> list[Track] | None:
     enough = min(len(frames), max(2, len(frames) // 8))
     largest = max(track.area for track in tracks)
     tracks = [track for track in tracks if len(track.frames) >= enough and track.area > 0.1 * largest]
-    if not tracks or any(track.shape is None for track in tracks):
+    # A figure half hidden blends with what hides it, for a few frames; an uneven thing is uneven all the time.
+    if not tracks or any(np.mean([blob.is_even for blob in track.blobs]) < EVEN_SHARE for track in tracks):
+        return None
+    if any(track.shape is None for track in tracks):
         return None
     return sorted(tracks, key=lambda track: -track.area)
 
