@@ -1,0 +1,90 @@
+"""Every YAML composes to its schema, and mistakes become one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.config_store import ConfigStore
+
+from sora_train.config.command import check_arguments
+from sora_train.config.curation import CurationConfig
+from sora_train.config.launch import SubmitConfig
+from sora_train.config.root import ConfigError, TrainConfig, build_config, schema_name, writable
+from sora_train.config.world import WorldConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROOTS: dict[str, tuple[type, list[str]]] = {
+    "train": (TrainConfig, ["data.shards=x"]),
+    "submit": (SubmitConfig, ["data.shards=x"]),
+    "curate": (CurationConfig, ["input=a", "output=b"]),
+    "world": (WorldConfig, ["output=a", "clips=1"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def schemas() -> None:
+    for schema, _ in ROOTS.values():
+        ConfigStore.instance().store(name=schema_name(schema), node=writable(schema))
+
+
+def group(name: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / name).glob("*.yaml"))
+
+
+CHOICES = [
+    *(("train", f"model={name}") for name in group("model")),
+    *(("train", f"codec={name}") for name in group("codec")),
+    *(("train", f"experiment={name}") for name in group("experiment")),
+    *(("submit", f"cluster={name}") for name in group("cluster")),
+]
+
+
+@pytest.mark.parametrize("root", sorted(ROOTS))
+def test_every_root_composes(root: str) -> None:
+    schema, needed = ROOTS[root]
+    check_arguments(needed, schema, root)
+
+
+@pytest.mark.parametrize(("root", "choice"), CHOICES)
+def test_every_choice_composes(root: str, choice: str) -> None:
+    schema, needed = ROOTS[root]
+    check_arguments([*needed, choice, "codec.path=x"], schema, root)
+
+
+def test_what_an_experiment_sets_wins_over_the_root() -> None:
+    with hydra.initialize_config_module("sora_train.configs", version_base="1.3"):
+        values = hydra.compose("train", ["data.shards=x", "experiment=demo", "steps=7"])
+    config = build_config(TrainConfig, values)
+    assert config.name == "demo"
+    assert config.run_dir == "runs/demo"
+    assert config.steps == 7, "the command line wins over both"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.shardss=x"], "data.shardss is not a setting: did you mean data.shards?"),
+        (["+foo=1", "data.shards=x"], "foo is not a setting"),
+        ([], "data.shards is not set: pass data.shards=VALUE"),
+        (["data.shards=x", "steps=many"], "steps: Value 'many'"),
+        (["data.shards=x", "parallel.precision=fp8"], "parallel.precision: Invalid value 'fp8'"),
+        (["data.shards=x", "model=huge"], "model/huge"),
+        (["data.shards=x", "model=tiny,s"], "add -m"),
+        (["data.shards=x", "--config-name", "nope"], "nope"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_arguments(arguments, TrainConfig, "train")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_prints_the_line_and_leaves_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sora_train.train", "data.shardss=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: data.shardss is not a setting: did you mean data.shards?"
+    assert not list(tmp_path.iterdir()), "nothing was written"

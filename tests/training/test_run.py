@@ -1,0 +1,106 @@
+"""What a run refuses, in one line, before a device is touched."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sora_train.config.root import ConfigError, TrainConfig, build_config, load_config, save_config
+from sora_train.data.pack import Failure
+from sora_train.data.schema import DatasetManifest, ShardEntry
+from sora_train.training import run
+from sora_train.training.checkpoint import FORMAT_VERSION, MANIFEST, _digest
+
+CHANNELS = {"in_channels": 96, "out_channels": 96}
+
+
+@pytest.fixture()
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    manifest = DatasetManifest((ShardEntry("shard-000000.tar", 10, "ab" * 32, 1),))
+    (folder / "dataset.json").write_text(manifest.to_json())
+    return folder
+
+
+@pytest.fixture()
+def build(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def builder(**values: Any) -> TrainConfig:
+        data = {"shards": str(shards), **values.pop("data", {})}
+        model = {**CHANNELS, **values.pop("model", {})}
+        return build_config(TrainConfig, {"run_dir": str(tmp_path / "run"), "data": data, "model": model, **values})
+
+    return builder
+
+
+def save_checkpoint_of(config: TrainConfig, step: int = 5) -> None:
+    folder = Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": [], **run.facts(config)}
+    manifest["sha256"] = _digest(json.loads(json.dumps(manifest)))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"in_channels": 16}}, "model.in_channels=16, but codec=wavelet has 96 channels"),
+        ({"model": {"width": 100, "heads": 3}}, "model.width=100"),
+        ({"parallel": {"zero_stage": 4}}, "parallel.zero_stage=4: choose 0 to 3"),
+        ({"steps": 0}, "steps=0: choose 1 or more"),
+        ({"checkpoint": {"save_every": 0}}, "checkpoint.save_every=0"),
+        ({"data": {"shards": "/nowhere"}}, "data.shards=/nowhere"),
+        ({"allow_changes": ["modle"]}, "allow_changes: modle is not a setting"),
+    ],
+)
+def test_one_line_names_field_and_value(build: Callable[..., TrainConfig], values: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run.check(build(**values))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_with_the_same_settings_and_with_harmless_changes(build: Callable[..., TrainConfig]) -> None:
+    save_checkpoint_of(build())
+    run.check(build())
+    run.check(build(steps=9, parallel={"zero_stage": 3}, data={"workers": 0}, tracking={"log_every": 1}))
+
+
+def test_other_settings_are_refused_with_the_difference_and_can_be_allowed_by_name(
+    build: Callable[..., TrainConfig],
+) -> None:
+    save_checkpoint_of(build())
+    changed = {"optim": {"learning_rate": 0.5}, "seed": 3}
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.0001 -> 0\.5; seed: 0 -> 3"):
+        run.check(build(**changed))
+    with pytest.raises(ConfigError, match="seed: 0 -> 3"):
+        run.check(build(**changed, allow_changes=["optim.learning_rate"]))
+    run.check(build(**changed, allow_changes=["optim.learning_rate", "seed"]))
+
+
+def test_other_data_is_refused(build: Callable[..., TrainConfig], shards: Path) -> None:
+    save_checkpoint_of(build())
+    other = DatasetManifest((ShardEntry("shard-000000.tar", 10, "cd" * 32, 1),))
+    (shards / "dataset.json").write_text(other.to_json())
+    with pytest.raises(ConfigError, match="other data"):
+        run.check(build())
+    run.check(build(allow_changes=["data"]))
+
+
+def test_the_config_file_of_a_run_reads_back_equal(build: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = build(model={"text": {"kind": "encoder"}})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(TrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_a_clip_is_quarantined_once(tmp_path: Path) -> None:
+    failure = Failure("clip-1", "shard-000000.tar", "cut short")
+    run.Quarantine(tmp_path).add(3, [failure, failure])
+    run.Quarantine(tmp_path).add(9, [failure, Failure("clip-2", "shard-000000.tar", "no moov")])
+    rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["first_step"], row["reason"]) for row in rows] == [
+        ("clip-1", 3, "cut short"),
+        ("clip-2", 9, "no moov"),
+    ]
