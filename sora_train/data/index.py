@@ -129,7 +129,7 @@ class Dataset:
             num_bytes = self.files.size(f"{self.folder}/{entry.name}")
             text = self.files.cat_file(f"{self.folder}/{index_name(entry.name)}")
         except FileNotFoundError as error:
-            raise ConfigError(f"{self.folder} lacks {error.args[-1]}, which dataset.json names: copy it again") from error
+            raise ConfigError(f"{self.folder} lacks {entry.name} or its index: copy the data set again") from error
         rows = tuple(IndexRow.from_json(line) for line in text.splitlines())
         if num_bytes != entry.num_bytes or len(rows) != entry.num_samples:
             raise ConfigError(
@@ -163,7 +163,8 @@ def open_dataset(shards: str | Path) -> Dataset:
         manifest = DatasetManifest.from_json(text)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"data.shards={shards} holds no dataset.json: build it with `python -m data_pipelines.index shards={shards}`"
+            f"data.shards={shards} holds no {MANIFEST_NAME}: "
+            f"build it with `python -m data_pipelines.index shards={shards}`"
         ) from error
     except ValueError as error:
         raise ConfigError(f"data.shards={shards}: {error}") from error

@@ -16,11 +16,15 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 class Origin(Enum):
+    """Who wrote a caption: whoever published the clip, or a captioner."""
+
     original = "original"
     recaption = "recaption"
 
 
 class Style(Enum):
+    """How a caption tells it."""
+
     short = "short"
     dense = "dense"
     structured = "structured"
@@ -28,6 +32,8 @@ class Style(Enum):
 
 @dataclass(frozen=True)
 class Caption:
+    """One text about a clip, and where it comes from."""
+
     text: str
     origin: Origin
     style: Style
@@ -64,6 +70,7 @@ class ClipRecord:
     scores: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
+        """One line; equal records give equal text."""
         values = asdict(self)
         for caption in values["captions"]:
             caption["origin"], caption["style"] = caption["origin"].value, caption["style"].value
@@ -111,10 +118,12 @@ class IndexRow:
     is_variable_rate: bool = False
 
     def to_json(self) -> str:
+        """One line."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
     def from_json(text: str | bytes) -> "IndexRow":
+        """The row of one line of an index."""
         values = json.loads(text)
         values["captions"] = tuple(CaptionEntry(**item) for item in values["captions"])
         return IndexRow(**values)
@@ -122,6 +131,8 @@ class IndexRow:
 
 @dataclass(frozen=True)
 class ShardEntry:
+    """What dataset.json says of one tar."""
+
     name: str  # "shard-000000.tar", relative to the data set's folder
     num_bytes: int
     sha256: str
@@ -137,9 +148,11 @@ class DatasetManifest:
 
     @property
     def num_samples(self) -> int:
+        """In all shards together."""
         return sum(shard.num_samples for shard in self.shards)
 
     def to_json(self) -> str:
+        """The file, with totals for people to read."""
         totals = {"shards": len(self.shards), "samples": self.num_samples}
         return json.dumps({**asdict(self), "totals": totals}, indent=1, sort_keys=True)
 
