@@ -4,10 +4,12 @@ Order.batch(step) -> assign(...) -> this rank's PackPlans        in the training
 PackReader.read(plan) -> frames, noise, t, captions              in worker processes, ahead across steps
 """
 
+import os
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -158,6 +160,9 @@ def _as_is(pack: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Last thing in the worker, as in a forked process: taking the interpreter down while libraries that run threads
+    # are loaded aborts now and then.
+    Finalize(None, os._exit, args=(0,), exitpriority=-100)
 
 
 @contextmanager
