@@ -31,6 +31,9 @@ CONTAINERS = {
     "webp": "webp_pipe",
 }
 
+# decord raises RuntimeError for what it cannot open and StopIteration where frames end early.
+DECODER_ERRORS = (FFmpegError, decord.DECORDError, RuntimeError, StopIteration)
+
 
 class DecodeError(Exception):
     """A clip that cannot be trained on. `reason` is one word to count by."""
@@ -56,7 +59,7 @@ def decode_clip(data: bytes, row: IndexRow, size: ClipSize) -> Frames:
     """
     try:
         frames = _take(_read(data, row), size.frame_indices, row)
-    except (FFmpegError, decord.DECORDError) as error:
+    except DECODER_ERRORS as error:
         raise DecodeError("decode", str(error).splitlines()[0] if str(error) else repr(error)) from error
     return _fit(frames, size)
 

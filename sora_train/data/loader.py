@@ -5,10 +5,12 @@ PackReader.read(plan) -> frames, noise, t, captions              in worker proce
 """
 
 import os
+import signal
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -127,7 +129,7 @@ class Loader:
             multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_start_worker if workers else None,
         )
-        with _without_main_module():
+        with _without_main_module(), _children_deaf_to_signals():
             return iter(loader)
 
 
@@ -163,6 +165,18 @@ def _start_worker(worker: int) -> None:
     # Last thing in the worker, as in a forked process: taking the interpreter down while libraries that run threads
     # are loaded aborts now and then.
     Finalize(None, os._exit, args=(0,), exitpriority=-100)
+
+
+@contextmanager
+def _children_deaf_to_signals() -> Iterator[None]:
+    """A launcher signals the whole process group; the training process answers with a checkpoint, for which its
+    workers must go on. They inherit the mask, and end when their parent does."""
+    resource_tracker.ensure_running()  # spawning starts it, and unblocks SIGTERM and SIGINT when it does
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

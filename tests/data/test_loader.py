@@ -1,0 +1,143 @@
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import CODEC, MODEL, data_config
+
+from sora_train.config.diffusion import TimestepConfig
+from sora_train.config.root import ConfigError
+from sora_train.data.index import open_dataset, write_index
+from sora_train.data.loader import Loader, Pack, build_loader
+
+
+def loader_of(shards: Path, rank: int = 0, world_size: int = 1, **changes: object) -> Loader:
+    config = data_config(shards, **changes)
+    return build_loader(config, MODEL, CODEC, TimestepConfig(), seed=3, global_rank=rank, world_size=world_size)
+
+
+def by_index(packs: list[Pack]) -> dict[int, tuple[object, ...]]:
+    """All that a clip brings to training, by its place in the global batch; no fillers."""
+    return {
+        sample.index: (sample, frames.numpy().tobytes(), noise.numpy().tobytes(), float(t), text, float(weight))
+        for pack in packs
+        for sample, frames, noise, t, text, weight in zip(
+            pack.samples, pack.frames, pack.noise, pack.t_S, pack.text, pack.weight_S, strict=True
+        )
+        if sample.shard >= 0
+    }
+
+
+def test_any_number_of_ranks_sees_the_same_batch(shards: Path) -> None:
+    for step in (0, 4):
+        whole = by_index(list(loader_of(shards).packs(step)))
+        assert len(whole) > 4
+        for world_size in (2, 3, 4):
+            ranks = [list(loader_of(shards, rank, world_size).packs(step)) for rank in range(world_size)]
+            assert len({len(packs) for packs in ranks}) == 1
+            assert sum(len(by_index(packs)) for packs in ranks) == len(whole)
+            assert by_index([pack for packs in ranks for pack in packs]) == whole
+
+
+def test_a_resumed_loader_goes_on_as_the_first_would_have(shards: Path) -> None:
+    loader = loader_of(shards)
+    straight = [by_index(list(loader.packs(step))) for step in range(6)]
+    for start in (5, 2):
+        resumed = loader_of(shards)
+        assert [by_index(list(resumed.packs(step))) for step in range(start, 6)] == straight[start:]
+    # One left half-way begins the step anew.
+    next(loader.packs(1))
+    assert by_index(list(loader.packs(1))) == straight[1]
+
+
+def test_shapes_and_draws_of_a_pack(shards: Path) -> None:
+    loader = loader_of(shards)
+    packs = [pack for step in range(8) for pack in loader.packs(step)]
+    for pack in packs:
+        assert pack.num_tokens <= loader.config.max_tokens_per_pack
+        assert not pack.failures
+        for sample, frames, noise in zip(pack.samples, pack.frames, pack.noise, strict=True):
+            assert frames.dtype == torch.uint8
+            assert frames.shape == (sample.size.num_frames, sample.size.height, sample.size.width, 3)
+            assert noise.shape == CODEC.latent_shape(*frames.shape[:3])
+        assert ((pack.t_S > 0) & (pack.t_S < 1)).all()
+    noise = torch.cat([part.flatten() for pack in packs for part in pack.noise])
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    texts = {text for pack in packs for text in pack.text}
+    assert "" in texts
+    assert any(text.startswith("a square") for text in texts)
+    assert len({(sample.size.height, sample.size.width) for pack in packs for sample in pack.samples}) >= 4
+    assert len({float(t) for pack in packs for t in pack.t_S}) == sum(len(pack.samples) for pack in packs)
+
+
+def test_a_rank_without_clips_works_on_one_filler_token(shards: Path) -> None:
+    world_size = 12
+    packs = [next(iter(loader_of(shards, rank, world_size).packs(0))) for rank in range(world_size)]
+    fillers = [pack for pack in packs if not pack.weight_S.any()]
+    assert fillers
+    for pack in fillers:
+        assert (pack.num_tokens, pack.text) == (1, [""])
+        assert pack.frames[0].shape == (1, 8, 8, 3)
+        assert pack.noise[0].shape == (96, 1, 2, 2)
+    real = [pack for pack in packs if pack.weight_S.any()]
+    assert packs[0].planned_tokens == sum(pack.num_tokens for pack in real)
+    assert packs[0].planned_samples == sum(len(pack.samples) for pack in real)
+
+
+def test_a_broken_clip_is_masked_and_moves_nobody(shards: Path, tmp_path: Path) -> None:
+    clean = list(loader_of(shards).packs(0))
+    victim = clean[0].samples[0]
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    name = open_dataset(damaged).manifest.shards[victim.shard].name
+    with (damaged / name).open("r+b") as file:
+        file.seek(victim.row.medium_offset)
+        file.write(bytes(victim.row.medium_size))
+    packs = list(loader_of(damaged).packs(0))
+    (failure,) = [failure for pack in packs for failure in pack.failures]
+    assert (failure.key, failure.shard, failure.reason) == (victim.row.key, name, "decode")
+    before, after = by_index(clean), by_index(packs)
+    assert packs[0].weight_S[0] == 0
+    assert not packs[0].frames[0].any()
+    assert [pack.planned_tokens for pack in packs] == [pack.planned_tokens for pack in clean]
+    del before[victim.index], after[victim.index]
+    assert after == before
+
+
+def test_worker_processes_change_nothing_and_end(shards: Path) -> None:
+    here, there = loader_of(shards), loader_of(shards, workers=2, read_ahead=2)
+    for step in (0, 1, 2):
+        assert by_index(list(there.packs(step))) == by_index(list(here.packs(step)))
+    assert len(multiprocessing.active_children()) == 2
+    there.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_loads_no_training_code() -> None:
+    code = "import sys, sora_train.data.pack, sora_train.data.loader; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"deepspeed", "wandb", "diffusers", "transformers", "hydra"} & set(modules)
+
+
+def test_validation_clips_and_draws_never_change(shards: Path) -> None:
+    held = by_index(loader_of(shards, held_out_fraction=0.4).validation_packs(5))
+    assert len(held) == 5
+    ranks = [loader_of(shards, rank, 2, held_out_fraction=0.4).validation_packs(5) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert by_index(ranks[0] + ranks[1]) == held
+    assert loader_of(shards, held_out_fraction=0.0).validation_packs(5) == []
+
+
+def test_settings_that_cannot_work_are_named(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.workers=-1"):
+        loader_of(shards, workers=-1)
+    shutil.copytree(shards, tmp_path / "shards")
+    (tmp_path / "shards" / "shard-000003.tar").unlink()
+    with pytest.raises(ConfigError, match=r"lacks shard-000003\.tar"):
+        loader_of(tmp_path / "shards")
+    write_index(tmp_path / "shards")
+    loader_of(tmp_path / "shards")
