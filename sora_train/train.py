@@ -87,8 +87,9 @@ def main(config: TrainConfig) -> None:
             checkpoints.save(state)
             saved = state
 
-    if state != saved:  # a signal came between two checkpoints
+    if metrics.has_steps:
         tracker.log(state.step, metrics.reduce(), {})
+    if state != saved:  # a signal came between two checkpoints
         checkpoints.save(state)
     tracker.close()
     loader.close()

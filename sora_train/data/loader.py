@@ -5,12 +5,15 @@ PackReader.read(plan) -> frames, noise, t, captions              in worker proce
 """
 
 import os
+import atexit
+import multiprocessing
 import signal
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -67,6 +70,7 @@ class Loader:
         self.global_rank, self.world_size = global_rank, world_size
         self._stream: Iterator[FlatPack] | None = None
         self._next_step: int | None = None
+        self._workers: list[BaseProcess] = []
 
     def plans(self, step: int) -> list[PackPlan]:
         """What this rank does in a step: one plan a micro-step, as many as on every rank."""
@@ -113,9 +117,20 @@ class Loader:
 
     def close(self) -> None:
         """Ends the worker processes; `packs` starts them again."""
-        # DataLoader ends its workers when its iterator is dropped.
-        self._stream = None
+        self._stream = None  # DataLoader ends its workers when its iterator is dropped
         self._next_step = None
+        for worker in self._workers:
+            # Something may still hold the iterator, the frame of an error above all. Workers are deaf to SIGTERM,
+            # with which Python would end them, so one that stays would keep the program from ending.
+            if self._is_left(worker):
+                worker.kill()
+        self._workers = []
+        atexit.unregister(self.close)
+
+    @staticmethod
+    def _is_left(worker: BaseProcess) -> bool:
+        worker.join(timeout=0.5)
+        return worker.is_alive()
 
     def _start(self, step: int) -> Iterator[FlatPack]:
         workers = self.config.workers
@@ -129,8 +144,12 @@ class Loader:
             multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_start_worker if workers else None,
         )
+        others = multiprocessing.active_children()
         with _without_main_module(), _children_deaf_to_signals():
-            return iter(loader)
+            stream = iter(loader)
+        self._workers = [process for process in multiprocessing.active_children() if process not in others]
+        atexit.register(self.close)
+        return stream
 
 
 class _Reads(Dataset[FlatPack]):

@@ -81,6 +81,11 @@ class Metrics:
         self.frames += pack_loss.frames
         self.flops += pack_loss.flops
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether a step has ended since `reduce` was last called."""
+        return len(self.step_losses) > 1
+
     def end_step(self) -> None:
         """After the last micro-step of a step."""
         self.step_losses.append(torch.zeros_like(self.step_losses[0]))

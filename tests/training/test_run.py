@@ -16,7 +16,7 @@ from sora_train.training.checkpoint import FORMAT_VERSION, MANIFEST, _digest
 CHANNELS = {"in_channels": 96, "out_channels": 96}
 
 
-@pytest.fixture()
+@pytest.fixture
 def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -25,7 +25,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def build(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     def builder(**values: Any) -> TrainConfig:
         data = {"shards": str(shards), **values.pop("data", {})}
