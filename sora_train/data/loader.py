@@ -4,9 +4,9 @@ Order.batch(step) -> assign(...) -> this rank's PackPlans        in the training
 PackReader.read(plan) -> frames, noise, t, captions              in worker processes, ahead across steps
 """
 
-import os
 import atexit
 import multiprocessing
+import os
 import signal
 import sys
 import types
