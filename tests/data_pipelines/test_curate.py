@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from importlib.metadata import files
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -96,7 +97,7 @@ def test_clips_are_exact_and_a_single_scene_keeps_its_bytes(bikes: Path, tmp_pat
     with av.open(str(bikes)) as file:
         frames = [frame.to_ndarray(format="gray") for frame in file.decode(video=0)]
     edges = (0, *CUTS, 250)
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, end) in enumerate(pairwise(edges)):
         clip = clips[f"bikes/{number:04d}"]
         assert (clip.num_frames, clip.fps, clip.height, clip.width) == (end - start, 25.0, 272, 640)
         assert clip.source.start_seconds == pytest.approx(start / 25)
