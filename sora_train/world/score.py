@@ -4,11 +4,11 @@ Shares no code with the captioner that wrote the training captions (or one error
 nothing of how scenes are rendered beyond what the words mean. benchmarks/scorer.py holds it to the truth of H.264-coded
 clips before it may judge. It says None where nothing can be told, so that a grey mist is never "a red circle".
 
-How: the background is the median color of the border; the object is what differs from it, the connected part around
-the strongest difference; its soft mask gives the centroid to a fraction of a pixel.
+How: the background is the median color of the border. The color is that of whatever differs from it, in one piece or
+in several, if most of it agrees. For shape and motion there must be an object: the connected part around the strongest
+difference, whose soft mask gives the centroid to a fraction of a pixel.
 """
 
-import colorsys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ Floats = NDArray[np.float32]
 _HUES = {"red": 0.0, "yellow": 50.0, "green": 130.0, "blue": 230.0}
 _MAX_HUE_ERROR = 42.0
 _MIN_SATURATION = 0.28
+_MIN_AGREEMENT = 0.6  # of what stands out must be of one color
+_MAX_GROUND_CHROMA = 0.5  # of the background (largest less smallest of R, G, B), as a share of what stands out
 _MIN_CONTRAST = 36.0  # Euclidean distance of object and background in 8-bit RGB
 _AREA_RANGE = (0.01, 0.45)  # of the frame
 _MAX_BORDER_SHARE = 0.15  # of the frame's border pixels: what touches more is ground, not object
@@ -54,10 +56,11 @@ class _Track:
 def score_clip(frames: NDArray[np.uint8]) -> Reading:
     """Reads a clip [T, H, W, 3] of sRGB pixels, at best 5 to 33 frames with one object before a plain background."""
     pixels = frames.astype(np.float32)
+    color = _read_color(pixels)
     track = _find_object(pixels)
     if track is None:
-        return Reading(None, None, None)
-    return Reading(_read_color(pixels, track), _read_shape(track), _read_motion(track, pixels.shape[:3]))
+        return Reading(color, None, None)
+    return Reading(color, _read_shape(track), _read_motion(track, pixels.shape[:3]))
 
 
 def share_correct(readings: Iterable[Reading], expected: Iterable[Reading]) -> dict[str, float]:
@@ -104,17 +107,44 @@ def _find_object(pixels: Floats) -> _Track | None:
     return track if max(_overlaps(track).values()) >= _MIN_OBJECT_OVERLAP else None
 
 
-def _read_color(pixels: Floats, track: _Track) -> str | None:
-    """The nearest hue of the object's inner part, away from edges that coding and blur have mixed."""
-    inner = np.where(track.masks > 0.85, track.masks, 0)[..., None]
-    weight = inner.sum()
-    if weight == 0:
+def _read_color(pixels: Floats) -> str | None:
+    """The color of what stands out from the background, wherever it is: the name that most of it has, pixel by pixel,
+    each counting by how far it stands out."""
+    smooth = _box_blur(pixels, 1)
+    background = np.median(smooth[:, _border(pixels.shape[1:3], 2)], axis=1)[:, None, None, :]
+    difference = np.sqrt(np.square(smooth - background).sum(-1))
+    # Edges that coding and blur have mixed stand out less than what they belong to.
+    level = np.percentile(difference, 99)
+    weight = np.where(difference > np.maximum(_MIN_CONTRAST, 0.7 * level), difference, 0)
+    share = (weight > 0).mean()
+    if not _AREA_RANGE[0] / 4 <= share <= _AREA_RANGE[1]:
         return None
-    red, green, blue = (pixels[track.frames] * inner).sum((0, 1, 2)) / weight / 255
-    hue, saturation, _ = colorsys.rgb_to_hsv(float(red), float(green), float(blue))
-    errors = {name: abs((hue * 360 - center + 180) % 360 - 180) for name, center in _HUES.items()}
-    nearest = min(errors, key=lambda name: errors[name])
-    return nearest if saturation >= _MIN_SATURATION and errors[nearest] <= _MAX_HUE_ERROR else None
+    standing_out = pixels[weight > 0]
+    votes = np.bincount(_nearest_hue(standing_out), weight[weight > 0], minlength=len(_HUES) + 1) / weight.sum()
+    best = int(votes[:-1].argmax())
+    # A colored ground, lighter here and darker there, is no colored object.
+    has_plain_ground = np.ptp(background, axis=-1).mean() < _MAX_GROUND_CHROMA * np.ptp(standing_out, axis=-1).mean()
+    return list(_HUES)[best] if votes[best] >= _MIN_AGREEMENT and has_plain_ground else None
+
+
+def _nearest_hue(rgb_P3: Floats) -> NDArray[np.int64]:
+    """For each of P pixels the number of its color in _HUES, or len(_HUES) for gray and for hues between them."""
+    hue, saturation = _hue_and_saturation(rgb_P3)
+    errors = np.stack([np.abs((hue - center + 180) % 360 - 180) for center in _HUES.values()])
+    return np.where((saturation >= _MIN_SATURATION) & (errors.min(0) <= _MAX_HUE_ERROR), errors.argmin(0), len(_HUES))
+
+
+def _hue_and_saturation(rgb_P3: Floats) -> tuple[Floats, Floats]:
+    """Hue in degrees and saturation (0 to 1) of each of P pixels, as in HSV."""
+    high, low = rgb_P3.max(1), rgb_P3.min(1)
+    spread = np.maximum(high - low, 1e-6)
+    red, green, blue = rgb_P3.T
+    sector = np.select(
+        [high == red, high == green],
+        [(green - blue) / spread % 6, (blue - red) / spread + 2],
+        (red - green) / spread + 4,
+    )
+    return sector * 60, (high - low) / np.maximum(high, 1e-6)
 
 
 def _read_shape(track: _Track) -> str | None:
