@@ -15,7 +15,8 @@ from sora_train.encoders.wavelet import WaveletCodec, wavelet_shape
 
 
 class VideoCodec(Protocol):
-    """Frozen. Frames are float [3, T, H, W] in [-1, 1]; latents float32 [C, T, H, W], scaled to a spread near 1."""
+    """Frozen. Frames are float [3, T, H, W] in [-1, 1]; latents float32 [C, T, H, W], scaled for
+    noise of spread 1."""
 
     shape: CodecShape
 

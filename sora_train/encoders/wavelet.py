@@ -11,9 +11,7 @@ from sora_train.config.encoders import CodecConfig
 from sora_train.config.root import ConfigError
 from sora_train.encoders.codec_shape import CodecShape
 
-# Root mean square of natural pixels in [-1, 1] is near 0.5. The transform is orthonormal, so that ONE constant brings
-# the mean square of all latents together to about 1, and the squared error of latents stays that of pixels, times 4.
-# Per-channel constants would whiten instead, and spend most of the loss on detail that is almost nothing.
+# Root mean square of natural pixels in [-1, 1] is near 0.5.
 PIXEL_RMS = 0.5
 
 
@@ -44,6 +42,11 @@ class WaveletCodec:
     """Haar wavelet over boxes of temporal_ratio x spatial_ratio x spatial_ratio pixels.
 
     Channels run over coefficients, coarse first, then colour: the first three are the box's mean colour.
+
+    ONE constant scales all channels, such that the mean colour of a box has a spread near 1 and detail far less. With a
+    spread of 1 over all channels the mean colour's would be sqrt(box), and noise would hide it only as t nears 1: a
+    model then decides each box for itself, in the few levels of t where it should agree with its neighbours. With a
+    constant for each channel, most of the loss would be spent on detail that is almost nothing.
     """
 
     def __init__(self, config: CodecConfig, device: torch.device | str = "cpu") -> None:
@@ -51,7 +54,8 @@ class WaveletCodec:
         temporal, spatial = haar_matrix(config.temporal_ratio), haar_matrix(config.spatial_ratio)
         basis = torch.kron(temporal, torch.kron(spatial, spatial))
         self.basis = basis.to(device=device, dtype=torch.float32)
-        self.identity = f"haar-t{config.temporal_ratio}-s{config.spatial_ratio}-rms{PIXEL_RMS}"
+        self.scale = PIXEL_RMS * basis.shape[0] ** 0.5
+        self.identity = f"haar-t{config.temporal_ratio}-s{config.spatial_ratio}-mean-rms{PIXEL_RMS}"
 
     def encode(self, frames_3THW: Tensor) -> Tensor:
         """Frames [3, 1 + n * temporal_ratio, H, W] in [-1, 1] -> latents [C, 1 + n, H / ratio, W / ratio].
@@ -62,7 +66,7 @@ class WaveletCodec:
         channels, t, h, w = self.shape.latent_shape(num_frames, height, width)
         r, s = self.shape.temporal_ratio, self.shape.spatial_ratio
         first = frames_3THW[:, :1].expand(-1, r, -1, -1)
-        filled = torch.cat([first, frames_3THW[:, 1:]], dim=1).float() / PIXEL_RMS
+        filled = torch.cat([first, frames_3THW[:, 1:]], dim=1).float() / self.scale
         boxes = filled.reshape(3, t, r, h, s, w, s).permute(2, 4, 6, 0, 1, 3, 5).reshape(r * s * s, -1)
         return (self.basis @ boxes).reshape(channels, t, h, w)
 
@@ -76,4 +80,4 @@ class WaveletCodec:
         boxes = self.basis.T @ latents_CTHW.float().reshape(r * s * s, -1)
         filled = boxes.reshape(r, s, s, 3, t, h, w).permute(3, 4, 0, 5, 1, 6, 2).reshape(3, t * r, h * s, w * s)
         first = filled[:, :r].mean(dim=1, keepdim=True)
-        return (torch.cat([first, filled[:, r:]], dim=1) * PIXEL_RMS).clamp(-1, 1)
+        return (torch.cat([first, filled[:, r:]], dim=1) * self.scale).clamp(-1, 1)
