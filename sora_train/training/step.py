@@ -8,6 +8,7 @@ loss       weighted squared error, summed, / planned global count
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -78,16 +79,20 @@ def diffusion_loss(
         loss = (pack.weight_S * tokens_S * error_S).sum() / pack.planned_tokens
     else:
         loss = (pack.weight_S * error_S).sum() / pack.planned_samples
+    failed = {failure.key for failure in pack.failures}
+    trained = [sample.shard >= 0 and sample.row.key not in failed for sample in pack.samples]  # the rest has weight 0
     return PackLoss(
         loss=loss,
         sample_loss_S=error_S.detach(),
         t_S=pack.t_S,
         weight_S=pack.weight_S,
-        tokens=inputs.tokens_LP.shape[0],
-        clips=len(pack.samples),
-        frames=sum(frames.shape[0] for frames in pack.frames),
+        tokens=sum(compress(inputs.layout.lengths, trained)),
+        clips=sum(trained),
+        frames=sum(frames.shape[0] for frames in compress(pack.frames, trained)),
         flops=sum(
             step_flops(model_config, tokens, text_rows)
-            for tokens, text_rows in zip(inputs.layout.lengths, inputs.layout.text_lengths, strict=True)
+            for tokens, text_rows in compress(
+                zip(inputs.layout.lengths, inputs.layout.text_lengths, strict=True), trained
+            )
         ),
     )

@@ -1,0 +1,129 @@
+"""The loss of a step is one sum over its tokens: whatever the packs, and whatever of it could not be read."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sora_train.config.diffusion import CountedBy, DiffusionConfig, Target
+from sora_train.config.encoders import CodecConfig
+from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.data.order import PlannedSample
+from sora_train.data.pack import Failure, Pack
+from sora_train.data.schema import IndexRow
+from sora_train.data.size import ClipSize
+from sora_train.encoders.video_codec import build_codec
+from sora_train.models.video_dit import VideoDiT, predict
+from sora_train.training.step import Encoders, diffusion_loss
+
+MODEL = ModelConfig(
+    width=32,
+    depth=2,
+    heads=2,
+    mlp_width=64,
+    in_channels=96,
+    out_channels=96,
+    text=TextConfig(width=16, layers=1, heads=2),
+)
+ENCODERS = Encoders(build_codec(CodecConfig(), "cpu"), None)
+TEXT = ["a cat", "", "two dogs", "x"]
+ALL = [0, 1, 2, 3]
+SIZES = [(1, 16, 16), (3, 16, 24), (5, 24, 16), (3, 32, 32)]
+
+
+def pack_of(numbers: list[int], planned: list[int]) -> Pack:
+    """A pack of some of the four clips; `planned` are all clips of the step."""
+    tokens = [(1 + (t - 1) // 2) * (h // 8) * (w // 8) for t, h, w in SIZES]
+    samples, frames, noise = [], [], []
+    for number in numbers:
+        t, h, w = SIZES[number]
+        generator = torch.Generator().manual_seed(number)
+        row = IndexRow(f"clip-{number}", "mp4", 0, 0, 0, 0, t, 8.0, h, w, 1.0, "ab", ())
+        shape = ENCODERS.codec.shape.latent_shape(t, h, w)
+        samples.append(PlannedSample(0, number, 0, row, ClipSize(t, h, w, h, w, 0, 1.0), shape, tokens[number], None))
+        frames.append(torch.randint(0, 256, (t, h, w, 3), dtype=torch.uint8, generator=generator))
+        noise.append(torch.randn(shape, generator=generator))
+    return Pack(
+        step=0,
+        micro_step=0,
+        is_last=True,
+        samples=tuple(samples),
+        frames=frames,
+        noise=noise,
+        t_S=torch.tensor([0.2 + 0.2 * number for number in numbers]),
+        text=[TEXT[number] for number in numbers],
+        weight_S=torch.ones(len(numbers)),
+        planned_tokens=sum(tokens[number] for number in planned),
+        planned_samples=len(planned),
+        failures=(),
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoDiT:
+    torch.manual_seed(0)
+    built = VideoDiT(MODEL)
+    with torch.no_grad():  # away from the zeros of its initialisation
+        for parameter in built.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return built
+
+
+def gradient(model: VideoDiT, packs: list[Pack], config: DiffusionConfig) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    total = 0.0
+    for pack in packs:
+        result = diffusion_loss(model, pack, ENCODERS, MODEL, config)
+        result.loss.backward()
+        total += result.loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("counted_by", list(CountedBy))
+@pytest.mark.parametrize("prediction", list(Target))
+def test_gradient_does_not_depend_on_the_packs(model: VideoDiT, counted_by: CountedBy, prediction: Target) -> None:
+    config = DiffusionConfig(prediction=prediction, counted_by=counted_by)
+    loss, whole = gradient(model, [pack_of(ALL, ALL)], config)
+    for split in ([[0], [1], [2], [3]], [[3, 0, 1], [2]], [[1, 2], [0, 3]]):
+        other_loss, other = gradient(model, [pack_of(numbers, ALL) for numbers in split], config)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mean_of_pack_means_would_be_wrong(model: VideoDiT) -> None:
+    """What the count in `planned_tokens` is for: packs of unequal size divided by their own counts weigh clips
+    unequally."""
+    config = DiffusionConfig()
+    _, whole = gradient(model, [pack_of(ALL, ALL)], config)
+    own = [pack_of(numbers, numbers) for numbers in ([0], [1, 2, 3])]
+    _, wrong = gradient(model, own, config)
+    assert (wrong / 2 - whole).abs().max() > 1e-3 * whole.abs().max()
+
+
+def test_a_masked_clip_leaves_the_gradient_of_the_others_as_it_was(model: VideoDiT) -> None:
+    config = DiffusionConfig()
+    _, without = gradient(model, [pack_of([0, 1, 3], ALL)], config)
+    masked = pack_of(ALL, ALL)
+    masked = replace(
+        masked,
+        frames=[torch.zeros_like(f) if i == 2 else f for i, f in enumerate(masked.frames)],
+        weight_S=torch.tensor([1.0, 1.0, 0.0, 1.0]),
+        failures=(Failure("clip-2", "shard-000000.tar", "cut short"),),
+    )
+    _, with_mask = gradient(model, [masked], config)
+    torch.testing.assert_close(with_mask, without, rtol=1e-4, atol=1e-6)
+    result = diffusion_loss(model, masked, ENCODERS, MODEL, config)
+    assert result.clips == 3, "what was not trained on is not counted"
+    assert result.tokens == sum(sample.num_tokens for i, sample in enumerate(masked.samples) if i != 2)
+
+
+def test_loss_is_the_mean_squared_error_written_out(model: VideoDiT) -> None:
+    """Against the formula, one clip, velocity."""
+    pack = pack_of([1], [1])
+    latents = ENCODERS.codec.encode(pack.frames[0].permute(3, 0, 1, 2).float() / 127.5 - 1)
+    t = float(pack.t_S[0])
+    noisy = (1 - t) * latents + t * pack.noise[0]
+    prediction = predict(model, [noisy], pack.t_S, pack.text)[0]
+    expected = (prediction - (pack.noise[0] - latents)).square().mean()
+    result = diffusion_loss(model, pack, ENCODERS, MODEL, DiffusionConfig())
+    torch.testing.assert_close(result.loss, expected)
