@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_pipelines.ledger import StageCount, check_counts, counts_table, merge_rejects, read_counts
+from data_pipelines.media import X264_PRESETS
 from data_pipelines.stages.caption import CaptionPixels
 from data_pipelines.stages.describe import MODEL
 from data_pipelines.stages.filter_quality import FilterQuality
@@ -99,7 +100,7 @@ def curate(config: CurationConfig, console: Console) -> tuple[StageCount, ...]:
     """Fills config.output; returns what each stage did.
 
     Raises:
-        ConfigError: see `plan_run`; also when no source gives a clip.
+        ConfigError: see `plan_run`; also when the output cannot be written, or no source gives a clip.
     """
     output = Path(config.output).absolute()
     work = Workspace(output / ".curation")
@@ -108,7 +109,10 @@ def curate(config: CurationConfig, console: Console) -> tuple[StageCount, ...]:
         console.print(f"{output} is complete: nothing to do", highlight=False, soft_wrap=True)
         shutil.rmtree(work.root, ignore_errors=True)
         return read_summary(output)
-    start_workspace(work, sources, identity)
+    try:
+        start_workspace(work, sources, identity)
+    except OSError as error:
+        raise ConfigError(f"output={config.output} cannot be written, {error.strerror}: give another") from error
 
     num_tasks = -(-len(sources) // SOURCES_PER_TASK)
     with quiet_logs(work.root / "log.txt") as terminal, progress_bar(work, len(sources), terminal):
@@ -170,6 +174,10 @@ def plan_run(config: CurationConfig) -> tuple[list[str], dict[str, Any]]:
         raise ConfigError(f"scenes.min_scene_frames={config.scenes.min_scene_frames}: give 1 or more")
     if config.scenes.max_clip_seconds <= 0:
         raise ConfigError(f"scenes.max_clip_seconds={config.scenes.max_clip_seconds}: give more than 0")
+    if not 0 <= config.scenes.crf <= 51:
+        raise ConfigError(f"scenes.crf={config.scenes.crf}: give 0 (lossless) to 51")
+    if config.scenes.preset not in X264_PRESETS:
+        raise ConfigError(f"scenes.preset={config.scenes.preset}: give one of {' '.join(X264_PRESETS)}")
     if not folder.is_dir():
         raise ConfigError(f"input={config.input} is not a folder: give a folder of videos or images")
     if output.resolve().is_relative_to(folder.resolve()):

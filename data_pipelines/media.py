@@ -16,15 +16,19 @@ import av
 import av.container
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation
+from av.video.reformatter import ColorRange, Interpolation
 from av.video.stream import VideoStream
 
 from data_pipelines.record import Frames
 
 # What libav, through PyAV, raises on damaged files. Anything else is an error of ours and stops the run.
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, OverflowError, MemoryError, EOFError)
+X264_PRESETS = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo",
+)  # fmt: skip
 # Of a container's clock; divides every usual frame rate.
 _TIME_BASE = Fraction(1, 90000)
+_RGB_SPACE, _UNSPECIFIED_SPACE = 0, 2  # of libav's AVColorSpace
 
 
 class MediaError(ValueError):
@@ -133,7 +137,7 @@ def small_rgb(frame: VideoFrame, max_side: int) -> Frames:
 
 
 def encode_mp4(frames: Iterable[VideoFrame], seconds: Iterable[float], fps: float, crf: int, preset: str) -> bytes:
-    """H.264 of the frames as they are (timing kept, turned upright, odd sizes cropped by one), in mp4.
+    """H.264 of the frames as they are (timing and colors kept, turned upright, odd sizes cropped by one), in mp4.
 
     Args:
         frames: decoded frames, consumed one at a time.
@@ -154,7 +158,8 @@ def encode_mp4(frames: Iterable[VideoFrame], seconds: Iterable[float], fps: floa
                 stream.options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
                 stream.codec_context.time_base = _TIME_BASE
                 stream.codec_context.thread_count = 1
-                stream.codec_context.colorspace = frame.colorspace
+                stream.codec_context.colorspace = _yuv_space(frame)
+                stream.codec_context.color_range = ColorRange.MPEG
                 stream.codec_context.color_primaries = frame.color_primaries
                 stream.codec_context.color_trc = frame.color_trc
             # A clock that stands still or runs backwards is not encodable: push the frame behind its predecessor.
@@ -167,12 +172,26 @@ def encode_mp4(frames: Iterable[VideoFrame], seconds: Iterable[float], fps: floa
 
 
 def _even_upright(frame: VideoFrame) -> VideoFrame:
+    # libswscale is told matrix and range: left alone it writes full range as if it were limited, and any matrix as 601.
+    space = _yuv_space(frame)
     height, width = displayed_size(frame)
     if rotation(frame) == 0 and height % 2 == 0 and width % 2 == 0:
-        return frame.reformat(format="yuv420p")
+        return frame.reformat(
+            format="yuv420p",
+            dst_colorspace=space,
+            src_color_range=frame.color_range,
+            dst_color_range=ColorRange.MPEG,
+        )
     picture: Frames = np.rot90(frame.to_ndarray(format="rgb24"), rotation(frame))
     even: Frames = np.ascontiguousarray(picture[: height // 2 * 2, : width // 2 * 2])
-    return VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p")
+    return VideoFrame.from_ndarray(even, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=space, dst_color_range=ColorRange.MPEG
+    )
+
+
+def _yuv_space(frame: VideoFrame) -> int:
+    """The matrix by which the clip becomes YUV: the frame's own; RGB has none, and then it is left unspecified."""
+    return _UNSPECIFIED_SPACE if frame.colorspace == _RGB_SPACE else int(frame.colorspace)
 
 
 def reason(error: BaseException) -> str:

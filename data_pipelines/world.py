@@ -57,13 +57,16 @@ def render_corpus(config: WorldConfig) -> int:
     """Writes the clips that are not there yet; returns their number.
 
     Raises:
-        ConfigError: see check_folder.
+        ConfigError: see check_folder; also when the folder cannot be written.
     """
     folder = Path(config.output)
     check_folder(folder, config)
     missing = [index for index in range(config.clips) if not _is_complete(folder, clip_name(index))]
-    (folder / "truth").mkdir(parents=True, exist_ok=True)
-    _write(folder / SETTINGS_FILE, json.dumps(_settings(config), indent=1).encode())
+    try:
+        (folder / "truth").mkdir(parents=True, exist_ok=True)
+        _write(folder / SETTINGS_FILE, json.dumps(_settings(config), indent=1).encode())
+    except OSError as error:
+        raise ConfigError(f"output={config.output} cannot be written, {error.strerror}: give another") from error
 
     tasks = [missing[start : start + _CLIPS_PER_TASK] for start in range(0, len(missing), _CLIPS_PER_TASK)]
     write = functools.partial(write_clips, folder, config)

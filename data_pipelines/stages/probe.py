@@ -27,6 +27,8 @@ class Probe(Filter):
     def judge(self, record: Record) -> tuple[Record | None, str]:
         """See Filter."""
         path = self.folder / record.path
+        if path.exists() and not path.is_file():
+            return None, "not a regular file"  # a pipe would be waited on for ever
         try:
             sha256, head = hash_file(path)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from importlib.metadata import files
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange
 from rich.console import Console
 
 from data_pipelines import curate as curation
@@ -23,6 +25,7 @@ from data_pipelines.stages.split_scenes import scan
 from sora_train.config.curation import CurationConfig, FilterConfig, SceneConfig, SceneDetectorKind
 from sora_train.config.root import ConfigError
 from sora_train.data.schema import ClipRecord
+from sora_train.data.video_file import read_video
 
 MAX_PIXELS = 8192 * 8192
 CUTS = (30, 76, 137, 187, 242)
@@ -111,6 +114,30 @@ def test_clips_are_exact_and_a_single_scene_keeps_its_bytes(bikes: Path, tmp_pat
     assert clips["sub_single_scene"].captions[1].text == "a red square moving right"
 
 
+@pytest.mark.parametrize("size", [(64, 80), (65, 81)])  # odd: turned and cropped as RGB, like what a phone turns
+@pytest.mark.parametrize(("matrix", "is_full"), [(2, False), (1, False), (2, True), (1, True)])  # unspecified, Rec. 709
+def test_a_clip_encoded_anew_keeps_its_colors(
+    size: tuple[int, int], matrix: int, is_full: bool, tmp_path: Path
+) -> None:
+    pixels = np.full((*size, 3), (220, 30, 30), np.uint8)
+    pixels[:, 40:] = (30, 200, 60)
+    color_range = ColorRange.JPEG if is_full else ColorRange.MPEG
+    with av.open(str(tmp_path / "in.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=8, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
+        picture = VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+            format="yuv444p", dst_colorspace=matrix, dst_color_range=color_range
+        )
+        file.mux([*stream.encode(picture), *stream.encode(None)])
+    with open_stream(tmp_path / "in.mp4", "mov", MAX_PIXELS) as source:
+        data = encode_mp4(decode(source), [0.0], 8.0, 4, "medium")
+    (tmp_path / "out.mp4").write_bytes(data)
+    for name in ("in.mp4", "out.mp4"):
+        (shown,) = read_video(tmp_path / name)
+        assert np.abs(shown[8, [8, 72]].astype(int) - pixels[8, [8, 72]]).max() <= 4, name
+
+
 def test_damaged_and_hostile_files_are_rejected_by_name(tmp_path: Path) -> None:
     source = tmp_path / "in"
     good = draw(source / "good.mp4", num_frames=33)
@@ -126,6 +153,7 @@ def test_damaged_and_hostile_files_are_rejected_by_name(tmp_path: Path) -> None:
     (source / "tiny.png").write_bytes(png(8, 8))
     (source / "huge.png").write_bytes(png(64, 64).replace(b"\0\0\0@\0\0\0@", b"\0\1\0\0\0\1\0\0", 1))
     (source / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    os.mkfifo(source / "pipe.mp4")
     counts = run(source, tmp_path / "out")
     found = rejects(tmp_path / "out")
     assert set(records(tmp_path / "out")) == {"good"}
@@ -134,7 +162,8 @@ def test_damaged_and_hostile_files_are_rejected_by_name(tmp_path: Path) -> None:
     assert found["playlist.mp4"][1] == found["concat.mkv"][1] == "not a known video or image container"
     assert found["tiny.png"][0] == "filter_quality"
     assert "cannot be read" in found["gone.mp4"][1]
-    assert counts["write_shards"][2] + len(found) == counts["ingest"][0] == 10
+    assert found["pipe.mp4"] == ("probe", "not a regular file")
+    assert counts["write_shards"][2] + len(found) == counts["ingest"][0] == 11
     for num_in, num_new, num_out, num_rejected in counts.values():
         assert num_in + num_new == num_out + num_rejected
 
@@ -210,6 +239,12 @@ def test_filters_and_limit(tmp_path: Path) -> None:
         (lambda path: (path / "in").mkdir() or {}, "holds no video"),
         (lambda path: draw(path / "in" / "a.mp4") and {"output": str(path / "in" / "out")}, "lies in input"),
         (lambda path: draw(path / "in" / "a.mp4") and {"workers": 0}, "workers=0"),
+        (lambda path: draw(path / "in" / "a.mp4") and {"scenes": SceneConfig(crf=52)}, "scenes.crf=52"),
+        (lambda path: draw(path / "in" / "a.mp4") and {"scenes": SceneConfig(preset="x")}, "one of ultrafast"),
+        (
+            lambda path: draw(path / "in" / "a.mp4") and {"output": f"{draw(path / 'file.mp4')}/out"},
+            r"cannot be written, Not a directory",
+        ),
         (lambda path: draw(path / "out" / "other.mp4") and draw(path / "in" / "a.mp4") and {}, "did not write"),
     ],
 )
