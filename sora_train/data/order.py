@@ -105,7 +105,8 @@ class Order:
         self.num_clips = 0
         for shard in range(len(self.shard_tokens)):
             clips = self._shard_clips(shard)
-            self._check_fits(clips)
+            # Held-out clips as well: the first validation would be late to say so.
+            self._check_fits(clips + self._shard_clips(shard, held_out=True))
             self.shard_tokens[shard] = sum(clip.num_tokens for clip in clips)
             self.num_clips += len(clips)
         self.epoch_tokens = int(self.shard_tokens.sum())
@@ -140,8 +141,7 @@ class Order:
             for clip in self._shard_clips(shard, held_out=True):
                 if len(samples) == count:
                     return tuple(samples)
-                if clip.num_tokens <= self.config.max_tokens_per_pack:
-                    samples.append(self._plan(VALIDATION_STEP, len(samples), clip))
+                samples.append(self._plan(VALIDATION_STEP, len(samples), clip))
         return tuple(samples)
 
     def _plan(self, step: int, index: int, clip: SizedRow) -> PlannedSample:

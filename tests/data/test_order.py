@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from corpus import CODEC, MODEL, data_config
 
-from sora_train.config.data import CaptionConfig, DataConfig
+from sora_train.config.data import CaptionConfig, DataConfig, SizeConfig
 from sora_train.config.root import ConfigError
 from sora_train.data.captions import choose_caption
 from sora_train.data.draws import Purpose, generator
@@ -111,6 +111,22 @@ def test_what_cannot_be_trained_on_is_refused_by_name(shards: Path) -> None:
         Order(dataset, config, replace(MODEL, patch_frames=2), CODEC, 0)
     with pytest.raises(ConfigError, match="in_channels"):
         Order(dataset, config, replace(MODEL, in_channels=16), CODEC, 0)
+
+
+@pytest.mark.parametrize(("height", "message"), [(4, "smaller than one token"), (640, "over data.max_tokens_per_pack")])
+def test_held_out_clips_are_checked_at_the_start_too(height: int, message: str) -> None:
+    """Not by the first validation, hours later, nor left out of it."""
+
+    class OddHeldOut(Rows):
+        def rows(self, shard: int) -> tuple[IndexRow, ...]:
+            return tuple(
+                replace(row, height=height) if is_held_out(row.source_sha256, 0.1) else row
+                for row in super().rows(shard)
+            )
+
+    config = replace(data_config(Path("unused")), size=SizeConfig(10**6, 17, 8.0))
+    with pytest.raises(ConfigError, match=message):
+        Order(OddHeldOut(4, 12), config, MODEL, CODEC, 0)  # type: ignore[arg-type]
 
 
 def test_captions_follow_their_weights() -> None:
