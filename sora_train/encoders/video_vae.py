@@ -61,8 +61,9 @@ def _hub_config(repository: str) -> dict[str, Any]:
 def read_shape(values: dict[str, Any]) -> CodecShape:
     """Channels and ratios from the values of a config.json."""
     family = values["_class_name"]
-    if family == "AutoencoderKLWan":
-        return CodecShape(values["z_dim"], values["scale_factor_temporal"], values["scale_factor_spatial"])
+    if family == "AutoencoderKLWan":  # the folders of Wan 2.1 state no ratios: count the halvings
+        spatial = 2 ** (len(values["dim_mult"]) - 1) * (values.get("patch_size") or 1)
+        return CodecShape(values["z_dim"], 2 ** sum(values["temperal_downsample"]), spatial)
     if family == "AutoencoderKLHunyuanVideo":
         return CodecShape(
             values["latent_channels"], values["temporal_compression_ratio"], values["spatial_compression_ratio"]
@@ -94,14 +95,17 @@ def normalization(vae: Any) -> tuple[Tensor, Tensor]:
 def load_vae(path: str, device: torch.device | str) -> "DiffusersCodec":
     """Loads the VAE of a folder or hub repository, frozen, in float32.
 
-    Raises ConfigError for a family not known here, or when diffusers is not installed.
+    Raises ConfigError for a family not known here, weights that are not there, or when diffusers is not installed.
     """
     family = read_vae_config(path)["_class_name"]
     try:
         import diffusers
     except ImportError as error:
         raise ConfigError("codec=diffusers needs diffusers: pip install 'sora_train[encoders]'") from error
-    vae = getattr(diffusers, family).from_pretrained(path, torch_dtype=torch.float32)
+    try:
+        vae = getattr(diffusers, family).from_pretrained(path, torch_dtype=torch.float32)
+    except OSError as error:
+        raise ConfigError(f"codec.path={path} does not load: {str(error).splitlines()[0]}") from error
     return DiffusersCodec(vae.to(device))
 
 

@@ -123,6 +123,17 @@ def test_a_vae_is_frozen(tmp_path):
     assert not codec.vae.training
 
 
+def test_folders_of_wan_from_before_and_after_their_ratios_were_stated(tmp_path):
+    """The VAE of Wan 2.1 as published names no scale factors; that of Wan 2.2 5B has a patch of its own."""
+    wan = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "dim_mult": [1, 2, 4, 4]}
+    wan["temperal_downsample"] = [False, True, True]
+    (tmp_path / "config.json").write_text(json.dumps(wan))
+    config = CodecConfig(kind=CodecKind.diffusers, path=str(tmp_path))
+    assert codec_shape(config) == CodecShape(16, 4, 8)
+    (tmp_path / "config.json").write_text(json.dumps({**wan, "z_dim": 48, "patch_size": 2, "scale_factor_spatial": 16}))
+    assert codec_shape(config) == CodecShape(48, 4, 16)
+
+
 def test_bad_paths_get_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"codec\.path is not set"):
         codec_shape(CodecConfig(kind=CodecKind.diffusers))
@@ -131,3 +142,6 @@ def test_bad_paths_get_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     with pytest.raises(ConfigError, match="is a AutoencoderKL, not a video VAE"):
         codec_shape(CodecConfig(kind=CodecKind.diffusers, path=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", **WAN}))
+    with pytest.raises(ConfigError, match=r"codec\.path=.* does not load: .*no file named"):  # no weights there
+        build_codec(CodecConfig(kind=CodecKind.diffusers, path=str(tmp_path)), "cpu")
