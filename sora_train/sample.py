@@ -8,6 +8,7 @@ ever overwritten. Any prompt text works: arguments are plain, not configuration.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from sora_train.data.video_file import Frames, save_video
 from sora_train.encoders.text_encoder import load_text_encoder
 from sora_train.encoders.video_codec import VideoCodec, build_codec
 from sora_train.generation import EncodeText, Request, check_sizes, generate
-from sora_train.models.attention import Attention, choose_core
+from sora_train.models.attention import apply_core
 from sora_train.models.video_dit import VideoDiT
 from sora_train.training.checkpoint import latest_checkpoint, load_weights, read_manifest
 
@@ -67,10 +68,7 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedRun:
     is_half = device.type == "cuda" and config.parallel.precision is Precision.bf16
     dtype = torch.bfloat16 if is_half else torch.float32
     model = model.to(device, dtype).eval().requires_grad_(False)
-    core, _ = choose_core(config.parallel.attention, device, dtype)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.core = core
+    apply_core(model, config.parallel.attention, device, dtype)
     codec = build_codec(config.codec, device)
     encode_text: EncodeText = list
     if config.model.text.kind is TextKind.encoder:
@@ -114,6 +112,7 @@ def sample(
         sampling = replace(run.config.sampling, **given(given_sampling))
         if sampling.steps < 1:
             raise ConfigError(f"steps={sampling.steps}: give 1 or more")
+        folder = open_output(output or run_dir / "samples")
     except ConfigError as error:
         fail(error)
     videos = generate(
@@ -125,11 +124,25 @@ def sample(
         encode_text=run.encode_text,
         max_tokens_per_pack=run.config.data.max_tokens_per_pack,
     )
-    folder = output or run_dir / "samples"
     how = {**asdict(sampling), "solver": sampling.solver.value}
     facts = {"checkpoint": str(run.checkpoint), "step": run.step, **how}
     for path in save_samples(folder, requests, videos, shown.fps, facts):
         print(path)
+
+
+def open_output(folder: Path) -> Path:
+    """Makes the folder that samples go to, before time is spent on them.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error.strerror}: give another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {folder} is not writable: give another folder")
+    return folder
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +156,11 @@ def all_prompts(words: Sequence[str], file: Path | None) -> list[str]:
     if file is not None:
         if not file.is_file():
             raise ConfigError(f"--prompts {file}: no such file")
-        texts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--prompts {file} is not UTF-8 text: save it as such") from error
+        texts += [line.strip() for line in text.splitlines() if line.strip()]
     if not texts:
         raise ConfigError("no prompt: give one or more after RUN_DIR, or --prompts FILE")
     return texts

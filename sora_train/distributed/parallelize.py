@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sora_train.config.parallel import ParallelConfig, Precision
 from sora_train.distributed.topology import World
-from sora_train.models.attention import Attention, choose_core
+from sora_train.models.attention import apply_core
 from sora_train.models.video_dit import VideoDiT
 
 log = logging.getLogger(__name__)
@@ -22,12 +22,13 @@ def parallelize(model: VideoDiT, config: ParallelConfig, world: World, *, is_qui
 
     One line says which kernel runs and why, unless `is_quiet`.
     """
-    dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-    core, reason = choose_core(config.attention, world.device, dtype)
+    reason = apply_core(model, config.attention, world.device, compute_dtype(config))
     if world.is_main and not is_quiet:
         log.info("attention: %s", reason)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.core = core
     if config.checkpoint_activations:
         model.run_block = functools.partial(checkpoint, use_reentrant=False)
+
+
+def compute_dtype(config: ParallelConfig) -> torch.dtype:
+    """What the weights of a model are computed with."""
+    return torch.bfloat16 if config.precision is Precision.bf16 else torch.float32

@@ -8,7 +8,7 @@ All cores share one signature, so the kernel, and later the split of a document 
 Self-attention has M = L. Cross-attention takes keys and values from the documents' texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from sora_train.config.parallel import AttentionKind
 from sora_train.config.root import ConfigError
 from sora_train.models.rope import rotate
+
+# What FlashAttention-2 takes for the width of a head.
+HEAD_MULTIPLE, MAX_HEAD_WIDTH = 8, 256
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class PackLayout:
         cu_seqlens, sample_L = _offsets(lengths)
         cu_text, sample_M = _offsets(text_lengths)
         layout = PackLayout(tuple(lengths), tuple(text_lengths), cu_seqlens, cu_text, sample_L, sample_M)
-        return layout.to(device)
+        # Without waiting: `.to` alone would stop here until the device has done all that was asked of it before.
+        return layout.to(device, non_blocking=True)
 
     @property
     def num_samples(self) -> int:
@@ -136,8 +140,11 @@ def flash_attention(
     return out
 
 
-def choose_core(kind: AttentionKind, device: torch.device | str, dtype: torch.dtype) -> tuple[Core, str]:
-    """The core for a device and the precision of its inputs, and one line that says which it is and why.
+def choose_core(
+    kind: AttentionKind, device: torch.device | str, dtype: torch.dtype, head_widths: Collection[int] = ()
+) -> tuple[Core, str]:
+    """The core for a device, the precision of its inputs and the model's head widths, and one line that says which
+    it is and why.
 
     Raises:
         ConfigError: a kernel asked for by name cannot run here.
@@ -145,15 +152,21 @@ def choose_core(kind: AttentionKind, device: torch.device | str, dtype: torch.dt
     on_cuda = torch.device(device).type == "cuda"
     is_half = dtype in (torch.bfloat16, torch.float16)
     has_flash, has_varlen = find_spec("flash_attn") is not None, find_spec("torch.nn.attention.varlen") is not None
+    odd_widths = sorted(width for width in head_widths if width % HEAD_MULTIPLE or width > MAX_HEAD_WIDTH)
+    kernels_run = on_cuda and is_half and not odd_widths
     place = f"{torch.device(device).type} in {str(dtype).removeprefix('torch.')}"
     if kind is AttentionKind.auto:
-        if on_cuda and is_half and has_flash:
+        if kernels_run and has_flash:
             return flash_attention, f"flash-attn over variable lengths ({place})"
-        if on_cuda and is_half and has_varlen:
+        if kernels_run and has_varlen:
             return torch_varlen, f"torch varlen_attn, flash-attn is not installed ({place})"
-        why = (
-            "its kernels need CUDA" if not on_cuda else "its kernels need bf16" if not is_half else "not in this torch"
-        )
+        reasons = {
+            "its kernels need CUDA": not on_cuda,
+            "its kernels need bf16": not is_half,
+            f"no kernel takes heads of width {odd_widths}": bool(odd_widths),
+            "not in this torch": True,
+        }
+        why = next(reason for reason, holds in reasons.items() if holds)
         return sdpa_per_document, f"SDPA per document ({place}); no flash attention: {why}"
     if kind is AttentionKind.sdpa:
         return sdpa_per_document, f"SDPA per document, as configured ({place})"
@@ -163,6 +176,11 @@ def choose_core(kind: AttentionKind, device: torch.device | str, dtype: torch.dt
     if not (on_cuda and is_half):
         raise ConfigError(
             f"parallel.attention={kind.value} needs CUDA and bf16, this run is on {place}: use parallel.attention=auto"
+        )
+    if odd_widths:
+        raise ConfigError(
+            f"parallel.attention={kind.value} has no kernel for heads of width {odd_widths[0]}: "
+            f"use a multiple of {HEAD_MULTIPLE} up to {MAX_HEAD_WIDTH}, or parallel.attention=auto"
         )
     if not (has_flash if is_flash else has_varlen):
         fix = "pip install 'sora_train[gpu]'" if is_flash else "install torch >= 2.10"
@@ -174,7 +192,7 @@ def choose_core(kind: AttentionKind, device: torch.device | str, dtype: torch.dt
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm over the full width of queries and keys (Wan 2.1).
 
-    `core` is replaced from outside (`choose_core`); the rest of the module treats every row alike.
+    `core` is replaced from outside (`apply_core`); the rest of the module treats every row alike.
     """
 
     core: Core
@@ -208,3 +226,16 @@ class Attention(nn.Module):
             query_LNK, key_MNK = rotate(query_LNK, rotation), rotate(key_MNK, rotation)
         out_LNK = self.core(query_LNK, key_MNK, value_MNK, layout, is_cross)
         return self.to_out(out_LNK.flatten(-2))
+
+
+def apply_core(model: nn.Module, kind: AttentionKind, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Gives every `Attention` of a model the core that `choose_core` names; returns the line that says why.
+
+    Raises:
+        ConfigError: see `choose_core`.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    core, reason = choose_core(kind, device, dtype, {each.to_q.out_features // each.heads for each in attentions})
+    for each in attentions:
+        each.core = core
+    return reason

@@ -3,7 +3,15 @@ import torch
 
 from sora_train.config.parallel import AttentionKind
 from sora_train.config.root import ConfigError
-from sora_train.models.attention import PackLayout, choose_core, masked_sdpa, sdpa_per_document
+from sora_train.models.attention import (
+    Attention,
+    PackLayout,
+    apply_core,
+    choose_core,
+    masked_sdpa,
+    sdpa_per_document,
+    torch_varlen,
+)
 
 LENGTHS, TEXT_LENGTHS = (5, 1, 8), (2, 4, 1)
 
@@ -78,6 +86,20 @@ def test_auto_takes_the_variable_length_kernels_on_cuda(monkeypatch):
     assert choose_core(AttentionKind.auto, "cuda", torch.bfloat16)[0] is sdpa_per_document
     with pytest.raises(ConfigError, match="not installed"):
         choose_core(AttentionKind.flash, "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("width", "heads", "odd"), [(24, 2, 12), (528, 2, 264)])
+def test_heads_that_no_kernel_takes_get_none(monkeypatch, width, heads, odd):
+    """Both kernels crash on a width that is no multiple of 8 or over 256, and only on the device."""
+    monkeypatch.setattr("sora_train.models.attention.find_spec", lambda name: object())
+    model = torch.nn.ModuleList([Attention(width, heads, 1e-6), Attention(64, 4, 1e-6)])
+    reason = apply_core(model, AttentionKind.auto, "cuda", torch.bfloat16)
+    assert {module.core for module in model} == {sdpa_per_document}
+    assert f"no kernel takes heads of width [{odd}]" in reason
+    with pytest.raises(ConfigError, match="use a multiple of 8 up to 256"):
+        apply_core(model, AttentionKind.varlen, "cuda", torch.bfloat16)
+    apply_core(model[1], AttentionKind.varlen, "cuda", torch.bfloat16)
+    assert model[1].core is torch_varlen
 
 
 @pytest.mark.gpu
