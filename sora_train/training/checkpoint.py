@@ -135,7 +135,12 @@ class Checkpoints:
         (temporary / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
         _sync(temporary / MANIFEST)
         _sync(temporary)
-        if final.exists():  # damaged, or of a future that this run was rewound from: kept, out of the way
+        for later in complete_checkpoints(self.folder):
+            # A checkpoint of this step or a later one was damaged, or this run would have gone on from it: kept, out of
+            # the way, or it would count as one of the newest and push whole ones out.
+            if later.name >= final.name:
+                later.rename(_free_name(self.folder / f"replaced-{later.name}"))
+        if final.exists():  # without a manifest
             final.rename(_free_name(self.folder / f"replaced-{final.name}"))
         temporary.rename(final)
         _sync(self.folder)
@@ -192,9 +197,13 @@ def latest_checkpoint(run_dir: Path) -> Path:
     """The newest whole checkpoint of a run; `run_dir` may also be a checkpoint itself.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the checkpoint given is damaged.
     """
     if (run_dir / MANIFEST).exists():
+        try:
+            verify(run_dir)
+        except DamagedCheckpointError as error:
+            raise ConfigError(f"{run_dir} is damaged ({error}): give another checkpoint or the run itself") from error
         return run_dir
     for folder in complete_checkpoints(run_dir / "checkpoints"):
         try:
