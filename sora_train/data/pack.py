@@ -51,13 +51,10 @@ class Pack:
         """Video tokens, filler included."""
         return sum(sample.num_tokens for sample in self.samples)
 
-    def pin(self) -> "Pack":
-        """In page-locked memory, so that `to` does not wait for the copy."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
     def to(self, device: torch.device | str) -> "Pack":
-        """With its tensors on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """With its tensors on a device; to CUDA from page-locked memory, so that the host does not wait."""
+        is_pinned = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: (tensor.pin_memory() if is_pinned else tensor).to(device, non_blocking=True))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Pack":
         return replace(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -13,14 +14,17 @@ from typing import Any
 import fsspec
 from omegaconf import OmegaConf
 
+from sora_train.config.limits import check_limits
 from sora_train.config.root import ConfigError, TrainConfig, known_keys, save_config
 from sora_train.data.index import open_dataset
 from sora_train.data.pack import Failure
 from sora_train.distributed.collectives import barrier
 from sora_train.distributed.topology import World
 from sora_train.encoders.video_codec import codec_shape
+from sora_train.generation import check_sizes
 from sora_train.models.video_dit import check_model
-from sora_train.training.checkpoint import LEDGER, complete_checkpoints, read_manifest
+from sora_train.training.checkpoint import LEDGER, DamagedCheckpointError, complete_checkpoints, read_manifest
+from sora_train.training.validation import validation_requests
 
 STATUS = "status.json"
 # May differ between the start of a run and its continuation: they do not change what is learnt, or are meant to be
@@ -34,6 +38,7 @@ FREE_TO_CHANGE = (
     "data.shards",  # may have moved; the fingerprint tells whether it is the same data
     "data.workers",
     "data.read_ahead",
+    "data.max_tokens_per_pack",  # packs are cut anew for each world; the batch stays
     "parallel.",
     "checkpoint.",
     "validation.",
@@ -82,6 +87,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting that cannot work, no data, or a run directory trained with other settings.
     """
+    check_limits(config)
     check_model(config.model)
     channels = codec_shape(config.codec).channels
     for name in ("in_channels", "out_channels"):
@@ -90,23 +96,21 @@ def check(config: TrainConfig) -> dict[str, Any]:
                 f"model.{name}={getattr(config.model, name)}, but codec={config.codec.kind.value} has {channels} "
                 f"channels: set model.{name}={channels}"
             )
-    limits = {
-        "steps": (config.steps, 1, None),
-        "checkpoint.save_every": (config.checkpoint.save_every, 1, None),
-        "checkpoint.keep": (config.checkpoint.keep, 0, None),
-        "tracking.log_every": (config.tracking.log_every, 1, None),
-        "validation.evaluate_every": (config.validation.evaluate_every, 0, None),
-        "parallel.zero_stage": (config.parallel.zero_stage, 0, 3),
-        "sampling.steps": (config.sampling.steps, 1, None),
-        "ema.decay": (config.ema.decay, 0, 1),
-    }
-    for key, (value, low, high) in limits.items():
-        if value < low or (high is not None and value > high):
-            raise ConfigError(f"{key}={value}: choose {f'{low} to {high}' if high is not None else f'{low} or more'}")
+    check_sizes(validation_requests(config), config.model, codec_shape(config.codec))
+    check_run_dir(Path(config.run_dir))
     open_dataset(config.data.shards)
     new_facts = facts(config)
     check_continuation(config, new_facts)
     return new_facts
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raises ConfigError unless the run directory can be made or written to; makes nothing."""
+    there = next((path for path in (run_dir, *run_dir.parents) if path.exists()), Path())
+    if not there.is_dir():
+        raise ConfigError(f"run_dir={run_dir}: {there} is a file: choose another run_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={run_dir}: {there} is not writable: choose another run_dir")
 
 
 def open_run_dir(config: TrainConfig, world: World) -> Path:
@@ -137,9 +141,8 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
     for name in config.allow_changes:
         if name not in known and name != "data":
             raise ConfigError(f"allow_changes: {name} is not a setting")
-    newest = complete_checkpoints(Path(config.run_dir) / "checkpoints")[:1]
-    for folder in newest:
-        old_facts = read_manifest(folder)
+    old_facts = _newest_manifest(Path(config.run_dir))
+    if old_facts is not None:
         old, new = flatten(old_facts["config"]), flatten(new_facts["config"])
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         refused = [key for key in changed if not key.startswith((*FREE_TO_CHANGE, *config.allow_changes))]
@@ -154,6 +157,16 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
                 f"data.shards={config.data.shards} holds other data than {config.run_dir} was trained on: "
                 "choose another run_dir, or pass allow_changes=[data] to go on with it"
             )
+
+
+def _newest_manifest(run_dir: Path) -> dict[str, Any] | None:
+    """Of the newest checkpoint that has one; a damaged manifest is passed over, as `Checkpoints.load_latest` will."""
+    for folder in complete_checkpoints(run_dir / "checkpoints"):
+        try:
+            return read_manifest(folder)
+        except DamagedCheckpointError:
+            continue
+    return None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,8 +185,11 @@ class Quarantine:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / LEDGER
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self._known = {(row["shard"], row["key"]) for row in map(json.loads, lines)}
+        # A line without its end was cut off by a kill; the clip fails again and is written again.
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
+        self._known = {(row["shard"], row["key"]) for row in rows}
+        self._gap = "\n" if lines and not lines[-1].endswith("\n") else ""
 
     def add(self, step: int, failures: Iterable[Failure]) -> None:
         """Clips that failed in a step."""
@@ -182,7 +198,8 @@ class Quarantine:
                 self._known.add((failure.shard, failure.key))
                 log.warning("quarantined %s of %s: %s", failure.key, failure.shard, failure.reason)
                 with self.path.open("a") as ledger:
-                    ledger.write(json.dumps({**asdict(failure), "first_step": step}) + "\n")
+                    ledger.write(self._gap + json.dumps({**asdict(failure), "first_step": step}) + "\n")
+                self._gap = ""
 
 
 def write_status(run_dir: Path, state: str, step: int) -> None:

@@ -14,9 +14,9 @@ from sora_train.config.root import TrainConfig
 from sora_train.data.loader import Loader
 from sora_train.data.video_file import save_video
 from sora_train.distributed.collectives import gather_facts, sum_over_ranks
-from sora_train.distributed.parallelize import parallelize
+from sora_train.distributed.parallelize import compute_dtype, parallelize
 from sora_train.distributed.topology import World
-from sora_train.generation import Request, check_sizes, generate
+from sora_train.generation import Request, generate
 from sora_train.models.video_dit import VideoDiT
 from sora_train.training.ema import Ema
 from sora_train.training.step import Encoders, diffusion_loss
@@ -29,22 +29,17 @@ class Validation:
     def __init__(
         self, config: TrainConfig, world: World, loader: Loader, encoders: Encoders, shapes: dict[str, Any]
     ) -> None:
-        """`shapes` of the trained parameters, the same on all ranks.
-
-        Raises:
-            ConfigError: the size of the samples does not fit codec and patch.
-        """
+        """`shapes` of the trained parameters, the same on all ranks."""
         self.config, self.world, self.loader, self.encoders, self.shapes = config, world, loader, encoders, shapes
-        size = config.validation
-        self.requests = [Request(p, size.height, size.width, size.frames, config.seed) for p in size.prompts]
-        check_sizes(self.requests, config.model, encoders.codec.shape)
+        self.requests = validation_requests(config)
 
     @torch.no_grad()
     def run(self, ema: Ema, tracker: Tracker, step: int) -> None:
         """After `step` steps. Every rank must call it."""
         model = VideoDiT(self.config.model)
         load_named(model, ema.gather(self.shapes))
-        model = model.to(self.world.device).eval()
+        # In the precision of training: the kernels that `parallelize` chooses are for it.
+        model = model.to(self.world.device, compute_dtype(self.config.parallel)).eval()
         parallelize(model, self.config.parallel, self.world, is_quiet=True)
         values = self._held_out_loss(model)
         folder = Path(self.config.run_dir) / "samples" / f"step-{step:08d}"
@@ -81,6 +76,12 @@ class Validation:
             save_video(frames, path, self.config.validation.fps)
             paths[request.prompt] = path
         return paths
+
+
+def validation_requests(config: TrainConfig) -> list[Request]:
+    """The samples of each validation."""
+    size = config.validation
+    return [Request(prompt, size.height, size.width, size.frames, config.seed) for prompt in size.prompts]
 
 
 def load_named(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

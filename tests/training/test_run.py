@@ -1,13 +1,15 @@
 """What a run refuses, in one line, before a device is touched."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sora_train.config.root import ConfigError, TrainConfig, build_config, load_config, save_config
+from sora_train.config.limits import POSITIVE, RANGES
+from sora_train.config.root import ConfigError, TrainConfig, build_config, known_keys, load_config, save_config
 from sora_train.data.pack import Failure
 from sora_train.data.schema import DatasetManifest, ShardEntry
 from sora_train.training import run
@@ -49,6 +51,13 @@ def save_checkpoint_of(config: TrainConfig, step: int = 5) -> None:
         ({"model": {"in_channels": 16}}, "model.in_channels=16, but codec=wavelet has 96 channels"),
         ({"model": {"width": 100, "heads": 3}}, "model.width=100"),
         ({"parallel": {"zero_stage": 4}}, "parallel.zero_stage=4: choose 0 to 3"),
+        ({"threads": -1}, "threads=-1: choose 0 or more"),
+        ({"model": {"heads": 0}}, "model.heads=0: choose 1 or more"),
+        ({"optim": {"learning_rate": -1.0}}, "optim.learning_rate=-1.0: choose more than 0"),
+        ({"optim": {"learning_rate": math.nan}}, "optim.learning_rate=nan"),
+        ({"optim": {"beta1": 1.0}}, "optim.beta1=1"),
+        ({"diffusion": {"timesteps": {"shift": 0.0}}}, "diffusion.timesteps.shift=0.0"),
+        ({"validation": {"prompts": ["a"], "height": 63}}, "height=63 is not a multiple of 8"),
         ({"steps": 0}, "steps=0: choose 1 or more"),
         ({"checkpoint": {"save_every": 0}}, "checkpoint.save_every=0"),
         ({"data": {"shards": "/nowhere"}}, "data.shards=/nowhere"),
@@ -80,6 +89,37 @@ def test_other_settings_are_refused_with_the_difference_and_can_be_allowed_by_na
     run.check(build(**changed, allow_changes=["optim.learning_rate", "seed"]))
 
 
+def test_packs_may_be_cut_otherwise_when_a_run_goes_on(build: Callable[..., TrainConfig]) -> None:
+    save_checkpoint_of(build())
+    run.check(build(data={"max_tokens_per_pack": 4096}))
+
+
+def test_a_damaged_manifest_does_not_keep_a_run_from_the_checkpoint_before(build: Callable[..., TrainConfig]) -> None:
+    save_checkpoint_of(build(), step=5)
+    save_checkpoint_of(build(), step=9)
+    newest = Path(build().run_dir) / "checkpoints" / "step-00000009" / MANIFEST
+    newest.write_text(newest.read_text()[:-3])
+    run.check(build())
+    with pytest.raises(ConfigError, match="seed: 0 -> 3"):
+        run.check(build(seed=3))
+
+
+def test_a_run_directory_that_cannot_be_one_is_refused(
+    build: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for run_dir in ("file", "file/run"):
+        with pytest.raises(ConfigError, match="file is a file: choose another run_dir"):
+            run.check(build(run_dir=str(tmp_path / run_dir)))
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="is not writable"):
+        run.check(build())
+
+
+def test_limits_name_settings_that_exist(build: Callable[..., TrainConfig]) -> None:
+    assert {*RANGES, *POSITIVE} <= set(known_keys(TrainConfig))
+
+
 def test_other_data_is_refused(build: Callable[..., TrainConfig], shards: Path) -> None:
     save_checkpoint_of(build())
     other = DatasetManifest((ShardEntry("shard-000000.tar", 10, "cd" * 32, 1),))
@@ -104,3 +144,16 @@ def test_a_clip_is_quarantined_once(tmp_path: Path) -> None:
         ("clip-1", 3, "cut short"),
         ("clip-2", 9, "no moov"),
     ]
+
+
+def test_a_ledger_cut_off_by_a_kill_is_taken_up(tmp_path: Path) -> None:
+    first, second = Failure("clip-1", "a.tar", "cut short"), Failure("clip-2", "a.tar", "no moov")
+    run.Quarantine(tmp_path).add(3, [first, second])
+    ledger = tmp_path / "quarantine.jsonl"
+    ledger.write_text(ledger.read_text()[:-20])
+    run.Quarantine(tmp_path).add(3, [first, second])
+    lines = ledger.read_text().splitlines()
+    assert [json.loads(lines[number])["key"] for number in (0, 2)] == ["clip-1", "clip-2"]
+    assert len(lines) == 3
+    run.Quarantine(tmp_path).add(5, [first, second])
+    assert ledger.read_text().splitlines() == lines

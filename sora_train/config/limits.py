@@ -1,0 +1,69 @@
+"""Ranges of the settings of a training run: what is outside cannot work, and is said before anything starts."""
+
+import functools
+from typing import Any
+
+from sora_train.config.root import ConfigError, TrainConfig
+
+# From and including the first to and including the second, which may be open.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "steps": (1, None),
+    "threads": (0, None),
+    "model.width": (1, None),
+    "model.depth": (1, None),
+    "model.heads": (1, None),
+    "model.mlp_width": (1, None),
+    "model.patch_frames": (1, None),
+    "model.patch_height": (1, None),
+    "model.patch_width": (1, None),
+    "model.frequency_width": (2, None),
+    "model.text.width": (1, None),
+    "model.text.layers": (0, None),
+    "model.text.heads": (1, None),
+    "model.text.max_bytes": (1, None),
+    "text_encoder.max_tokens": (1, None),
+    "diffusion.timesteps.std": (0, None),
+    "optim.beta1": (0, 1),
+    "optim.beta2": (0, 1),
+    "optim.weight_decay": (0, None),
+    "optim.clip_norm": (0, None),
+    "optim.warmup_steps": (0, None),
+    "optim.decay_steps": (0, None),
+    "optim.final_fraction": (0, 1),
+    "ema.decay": (0, 1),
+    "parallel.zero_stage": (0, 3),
+    "checkpoint.save_every": (1, None),
+    "checkpoint.keep": (0, None),
+    "validation.evaluate_every": (0, None),
+    "validation.clips": (0, None),
+    "sampling.steps": (1, None),
+    "tracking.log_every": (1, None),
+}
+# More than 0.
+POSITIVE = (
+    "optim.learning_rate",
+    "optim.eps",
+    "diffusion.timesteps.shift",
+    "diffusion.min_t",
+    "sampling.shift",
+    "validation.fps",
+)
+
+
+def check_limits(config: TrainConfig) -> None:
+    """Raises ConfigError for the first setting outside its range."""
+    for key, (low, high) in RANGES.items():
+        value = _value(config, key)
+        # Said this way round, so that nan is refused as well.
+        if not (value >= low and (high is None or value <= high)):
+            raise ConfigError(f"{key}={value}: choose {f'{low} or more' if high is None else f'{low} to {high}'}")
+    for key in ("optim.beta1", "optim.beta2"):
+        if _value(config, key) == 1:
+            raise ConfigError(f"{key}=1: choose less than 1")
+    for key in POSITIVE:
+        if not _value(config, key) > 0:
+            raise ConfigError(f"{key}={_value(config, key)}: choose more than 0")
+
+
+def _value(config: TrainConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
