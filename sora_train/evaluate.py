@@ -21,7 +21,7 @@ from sora_train.config.command import fail
 from sora_train.config.root import ConfigError
 from sora_train.data.video_file import read_video, save_video
 from sora_train.generation import Request, check_sizes, generate
-from sora_train.sample import best_device, open_run
+from sora_train.sample import best_device, open_output, open_run
 from sora_train.world.sampling import SIMPLE_SIZES
 from sora_train.world.score import Reading, score_clip, share_correct
 from sora_train.world.words import COLORS, HELD_OUT, MOTIONS, SHAPES, TRIPLES, prompt
@@ -151,6 +151,7 @@ def evaluate(
         run = open_run(run_dir, best_device())
         requests = [Request(case.prompt, case.height, case.width, case.num_frames, case.seed) for case in cases]
         check_sizes(requests, run.config.model, run.codec.shape)
+        open_output(output)
         on_truth = None
         if truth is not None:
             on_truth = scorer_on_truth(truth, truth_clips)
@@ -168,7 +169,6 @@ def evaluate(
     )
     readings = [score_clip(frames_THWC) for frames_THWC in videos]
     results = summary(cases, readings)
-    output.mkdir(parents=True, exist_ok=True)
     for index, (sample, frames_THWC) in enumerate(zip(results["samples"], videos, strict=True)):
         sample["file"] = f"{index:04d}.mp4"
         save_video(frames_THWC, output / sample["file"], run.config.validation.fps)

@@ -100,6 +100,15 @@ def test_bad_use_is_one_line_and_code_2(command, tmp_path, arguments, says):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_read_or_written_is_said_before_sampling(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_module, "generate", None)
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    for option, says in (("--output", "File exists"), ("--prompts", "is not UTF-8 text")):
+        code, lines = command(str(tmp_path), "a", option, str(tmp_path / "file"))
+        assert (code, len(lines)) == (2, 1)
+        assert says in lines[0]
+
+
 def test_a_folder_without_a_run_is_one_line(tmp_path):
     app = typer.Typer()
     app.command()(sample_module.sample)

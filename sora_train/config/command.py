@@ -69,8 +69,8 @@ def hydra_app(schema: type[Schema], config_name: str) -> Callable[[Callable[[Sch
 
 
 def fail(error: ConfigError) -> None:
-    """Prints the one line, on the first of many ranks only, and leaves with the exit code of a user's mistake."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints the one line, on the first rank of each host only, and leaves with the exit code of a user's mistake."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # a mistake may be one host's own, as a folder that it does not see
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_USE)
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sora_train.config.root import TrainConfig
+from sora_train.config.root import ConfigError, TrainConfig
 from sora_train.config.tracking import WandbMode
 from sora_train.training.metrics import Means
 
@@ -114,16 +114,20 @@ def _start_wandb(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -
     id_file = run_dir / _RUN_ID  # one W&B run per run directory, however often it is resumed
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    run = wandb.init(
-        project=config.tracking.project,
-        name=config.name,
-        group=config.tracking.group,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        mode=config.tracking.wandb.value,
-        dir=str(run_dir),
-        config=resolved,
-    )
+    try:
+        run = wandb.init(
+            project=config.tracking.project,
+            name=config.name,
+            group=config.tracking.group,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=config.tracking.wandb.value,
+            dir=str(run_dir),
+            config=resolved,
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tracking.wandb={config.tracking.wandb.value}: {reason}; or use offline") from error
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

@@ -8,7 +8,7 @@ import hydra
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from sora_train.config.command import check_arguments
+from sora_train.config.command import check_arguments, fail
 from sora_train.config.curation import CurationConfig
 from sora_train.config.launch import SubmitConfig
 from sora_train.config.root import ConfigError, TrainConfig, build_config, schema_name, writable
@@ -88,3 +88,15 @@ def test_the_command_prints_the_line_and_leaves_with_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip() == "error: data.shardss is not a setting: did you mean data.shards?"
     assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_every_host_says_what_is_wrong_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_rank: str, lines: int
+) -> None:
+    """Shards may be missing on the second host alone."""
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit):
+        fail(ConfigError("data.shards=x"))
+    assert len(capsys.readouterr().err.splitlines()) == lines

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 
 from sora_train.config.parallel import ParallelConfig
-from sora_train.config.root import TrainConfig, build_config
+from sora_train.config.root import ConfigError, TrainConfig, build_config
 from sora_train.distributed.topology import World
 from sora_train.training.metrics import Means, Metrics, PackLoss
 from sora_train.training.run import resolved
@@ -84,6 +85,16 @@ def test_validation_stands_in_the_same_file(tmp_path: Path) -> None:
     track.log_validation(5, {"held_out_loss": 0.25}, {"a cat": tmp_path / "00.mp4"})
     track.close()
     assert read_metrics(tmp_path / METRICS) == [{"step": 5, "held_out_loss": 0.25, "samples": {"00.mp4": "a cat"}}]
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    values = {"run_dir": str(tmp_path), "data": {"shards": "x"}, "tracking": {"wandb": "online"}}
+    with pytest.raises(ConfigError, match=r"tracking\.wandb=online: No API key configured\. Use"):
+        Tracker(build_config(TrainConfig, values), {}, enabled=True, start_step=0)
 
 
 def test_dropping_from_nothing_is_nothing(tmp_path: Path) -> None:
