@@ -47,9 +47,14 @@ def child_environment(processes: int, threads: int, on_cpu: bool) -> dict[str, s
     """
     values = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_SECONDS)}
     if on_cpu:
-        threads = threads or max(1, len(os.sched_getaffinity(0)) // processes)
+        threads = threads or max(1, num_cores() // processes)
         values |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return {key: value for key, value in values.items() if key not in os.environ}
+
+
+def num_cores() -> int:
+    """Cores this process may run on; all of them where the system cannot say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(command: list[str], environment: dict[str, str]) -> int:

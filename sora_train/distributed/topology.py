@@ -39,7 +39,8 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
     local_rank = int(environment.get("LOCAL_RANK", 0))
     local_world_size = int(environment.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    # DeepSpeed obeys this variable: a model on CUDA under an engine on the CPU would be neither.
+    if torch.cuda.is_available() and environment.get("DS_ACCELERATOR") != "cpu":
         if local_world_size > torch.cuda.device_count():
             raise ConfigError(
                 f"--nproc_per_node is {local_world_size}, but this host has {torch.cuda.device_count()} CUDA devices"

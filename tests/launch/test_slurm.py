@@ -82,3 +82,10 @@ def test_a_refusal_of_sbatch_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(ConfigError, match="invalid account more"):
         submit_script(script_of(tmp_path), tmp_path)
+
+
+def test_the_cores_asked_for_reach_the_ranks(tmp_path):
+    """srun does not take --cpus-per-task over from the job (Slurm 22.05): without it a node's ranks share one core."""
+    (line,) = (line for line in script_of(tmp_path, cpus_per_node=64).splitlines() if line.startswith("srun"))
+    assert "--cpus-per-task=64" in line.split()
+    assert "--cpus-per-task" not in script_of(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.template import fill
-from launch.torchrun import child_environment, local_command, run
+from launch.torchrun import child_environment, local_command, num_cores, run
 
 
 @pytest.mark.parametrize(("program", "code"), [("raise SystemExit(5)", 5), ("import os; os.kill(os.getpid(), 9)", 137)])
@@ -76,3 +76,9 @@ def test_the_printed_script_starts_just_that(tmp_path):
     script = fill("torchrun.sh.j2", command=words, environment={"A": "1 2"}, **values)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(["a b", "$HOME", "it's"])
+
+
+def test_a_system_that_does_not_tell_its_affinity_has_all_its_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert num_cores() == 6
