@@ -1,8 +1,9 @@
 """Third stage: a source becomes clips, each of one scene.
 
 The first pass decodes every frame once, finds the cuts with PySceneDetect's detectors and gathers a small view. A
-source of a single scene is handed on byte for byte. Otherwise a second pass decodes again and encodes clip by clip, so
-that memory holds one clip however long the source is; cuts are at exact frames, which copying packets cannot do.
+source of a single scene is handed on byte for byte, if all its frames are shown. Otherwise a second pass decodes again
+and encodes clip by clip, so that memory holds one clip however long the source is; cuts are at exact frames, which
+copying packets cannot do.
 """
 
 import math
@@ -134,11 +135,14 @@ class SplitScenes(Stage):
             return
         with open_stream(path, info.demuxer, self.max_pixels) as stream:
             found = scan(decode(stream), info.fps, self.config)
+            stored_frames = stream.frames  # 0 when the container does not say
         # Edit lists and open ends cost a few frames; a truncated file loses its tail.
         if len(found.seconds) < info.expected_frames - max(2, info.expected_frames // 20):
             raise MediaError(f"truncated: {len(found.seconds)} of {info.expected_frames} frames decode")
         ranges = clip_ranges(found, info.fps, self.config.max_clip_seconds)
-        if len(ranges) == 1 and found.is_upright and info.medium:
+        # Frames that an edit list hides (a cut made by copying packets) are hidden by some decoders only.
+        hides_frames = stored_frames not in (0, len(found.seconds))
+        if len(ranges) == 1 and found.is_upright and info.medium and not hides_frames:
             clip = self._clip(record, found, 0, len(found.seconds))
             yield replace(clip, medium=info.medium, data=path.read_bytes(), view=found.view)
             return

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import cv2
+import decord
 import numpy as np
 import pytest
 from av.video.frame import VideoFrame
@@ -136,6 +137,27 @@ def test_a_clip_encoded_anew_keeps_its_colors(
     for name in ("in.mp4", "out.mp4"):
         (shown,) = read_video(tmp_path / name)
         assert np.abs(shown[8, [8, 72]].astype(int) - pixels[8, [8, 72]]).max() <= 4, name
+
+
+def test_a_cut_made_by_copying_packets_is_encoded_anew(tmp_path: Path) -> None:
+    """Its file holds frames that an edit list hides: decord, which training decodes with, counts them too."""
+    whole = draw(tmp_path / "whole.mp4", num_frames=15)
+    (tmp_path / "in").mkdir()
+    with (
+        av.open(str(whole)) as file,
+        av.open(str(tmp_path / "in" / "cut.mp4"), "w", options={"avoid_negative_ts": "disabled"}) as cut,
+    ):
+        stream = file.streams.video[0]
+        copy = cut.add_stream_from_template(stream)
+        for packet in file.demux(stream):
+            if packet.dts is not None and packet.pts is not None:
+                hidden = round(6 / 8 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - hidden, packet.dts - hidden, copy
+                cut.mux(packet)
+    run(tmp_path / "in", tmp_path / "out")
+    assert records(tmp_path / "out")["cut"].num_frames == 9
+    data = members(tmp_path / "out")["cut.mp4"]
+    assert len(decord.VideoReader(io.BytesIO(data))) == 9
 
 
 def test_damaged_and_hostile_files_are_rejected_by_name(tmp_path: Path) -> None:
