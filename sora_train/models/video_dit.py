@@ -20,18 +20,10 @@ from sora_train.models.layers import Block, Float32LayerNorm, Float32Linear, Tex
 from sora_train.models.rope import rotation
 from sora_train.models.text import ByteText
 
-POSITIVE = ("width", "depth", "heads", "mlp_width", "in_channels", "out_channels", "patch_frames", "patch_height",
-            "patch_width", "frequency_width")  # fmt: skip
-
 
 def check_model(config: ModelConfig) -> None:
     """Raises ConfigError for sizes that cannot be built."""
     text = config.text
-    sizes = {f"model.{name}": getattr(config, name) for name in POSITIVE}
-    sizes |= {f"model.text.{name}": getattr(text, name) for name in ("width", "heads", "max_bytes")}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{name}={size}: give 1 or more")
     if config.width % config.heads or (config.width // config.heads) % 2:
         raise ConfigError(
             f"model.width={config.width} and model.heads={config.heads} do not give an even head width: "

@@ -78,8 +78,6 @@ def test_blocks_can_be_recomputed(byte_model, samples):
     ("config", "message"),
     [
         (dataclasses.replace(CONFIG, width=25), "model.width=25"),
-        (dataclasses.replace(CONFIG, heads=0), "model.heads=0"),
-        (dataclasses.replace(CONFIG, text=TextConfig(max_bytes=0)), "model.text.max_bytes=0"),
         (dataclasses.replace(CONFIG, heads=8), "even head width"),
         (dataclasses.replace(CONFIG, frequency_width=7), "model.frequency_width=7"),
         (dataclasses.replace(CONFIG, text=TextConfig(width=15)), "model.text.width=15"),
