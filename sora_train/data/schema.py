@@ -78,14 +78,22 @@ class ClipRecord:
 
     @staticmethod
     def from_json(text: str | bytes) -> "ClipRecord":
-        """Raises ValueError when the text is no clip record."""
+        """Raises ValueError when the text is no clip record, or one that no clip can have."""
         try:
             values: dict[str, Any] = json.loads(text)
             captions = tuple(
                 Caption(**{**item, "origin": Origin(item["origin"]), "style": Style(item["style"])})
                 for item in values.pop("captions")
             )
-            return ClipRecord(captions=captions, source=Source(**values.pop("source")), **values)
+            record = ClipRecord(captions=captions, source=Source(**values.pop("source")), **values)
+            is_possible = min(record.num_frames, record.height, record.width) >= 1 and record.fps >= 0
+            int(record.source.sha256, 16)  # decides what is held out
+            if not is_possible or not all(isinstance(caption.text, str) for caption in captions):
+                raise ValueError(
+                    f"not a clip record: {record.num_frames} frames of {record.height}x{record.width} at "
+                    f"{record.fps} fps, captions {captions}"
+                )
+            return record
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a clip record: {error!r}") from error
 
@@ -158,11 +166,13 @@ class DatasetManifest:
 
     @staticmethod
     def from_json(text: str | bytes) -> "DatasetManifest":
-        """Raises ValueError for a file of another format version."""
-        values = json.loads(text)
-        if values["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"dataset.json has format_version {values['format_version']}, this code reads {FORMAT_VERSION}: "
-                "rebuild it with `python -m data_pipelines.index shards=DIR`"
-            )
-        return DatasetManifest(shards=tuple(ShardEntry(**item) for item in values["shards"]))
+        """Raises ValueError for what is no manifest, or one of another format version."""
+        rebuild = "rebuild it with `python -m data_pipelines.index shards=DIR`"
+        try:
+            values = json.loads(text)
+            version = values["format_version"]
+            if version == FORMAT_VERSION:
+                return DatasetManifest(shards=tuple(ShardEntry(**item) for item in values["shards"]))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"dataset.json is damaged ({error!r}): {rebuild}") from error
+        raise ValueError(f"dataset.json has format_version {version}, this code reads {FORMAT_VERSION}: {rebuild}")

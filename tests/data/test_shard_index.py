@@ -64,6 +64,32 @@ def test_broken_samples_are_named(tmp_path: Path) -> None:
             write_index(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"height": 64', '"height": 0'),
+        ('"height": 64', '"height": "64"'),
+        ('"num_frames": 3', '"num_frames": 0'),
+        ('"sha256": "', '"sha256": "x'),
+        ('"text": "weak tag a"', '"text": null'),
+    ],
+)
+def test_records_that_would_stop_training_are_named_by_the_index(old: str, new: str, tmp_path: Path) -> None:
+    data, text = clip(tmp_path)
+    broken = text.replace(old.encode(), new.encode(), 1)
+    assert broken != text
+    write_tar(tmp_path / "shard-000000.tar", {"a.mp4": data, "a.json": broken})
+    with pytest.raises(ConfigError, match=r"a\.json is .*write the shard with"):
+        write_index(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 9}'])
+def test_a_manifest_that_is_none_is_refused_with_the_command_that_builds_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"dataset\.json (is damaged|has format_version 9).*data_pipelines.index"):
+        open_dataset(tmp_path)
+
+
 def test_a_shard_that_changed_after_indexing_is_refused(tmp_path: Path) -> None:
     data, text = clip(tmp_path)
     write_tar(tmp_path / "shard-000000.tar", {"a.mp4": data, "a.json": text})
