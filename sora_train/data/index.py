@@ -155,18 +155,18 @@ def open_dataset(shards: str | Path) -> Dataset:
     """Opens the data set in a folder or at an fsspec URL (s3://, gs://, https://, …).
 
     Raises:
-        ConfigError: there is no dataset.json, or one of another format.
+        ConfigError: there is no dataset.json, or one of another format; or no file system for the URL.
     """
-    files, folder = fsspec.core.url_to_fs(str(shards))
     try:
+        files, folder = fsspec.core.url_to_fs(str(shards))
         text = files.cat_file(f"{folder}/{MANIFEST_NAME}")
         manifest = DatasetManifest.from_json(text)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"data.shards={shards} holds no {MANIFEST_NAME}: "
             f"build it with `python -m data_pipelines.index shards={shards}`"
         ) from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # fsspec's, for protocols unknown or not installed
         raise ConfigError(f"data.shards={shards}: {error}") from error
     if manifest.num_samples == 0:
         raise ConfigError(f"data.shards={shards} holds no samples: curate more clips")

@@ -38,6 +38,13 @@ def test_a_folder_without_manifest_is_named_with_the_command_that_builds_it(tmp_
         write_index(tmp_path)
 
 
+def test_places_that_hold_no_data_set_get_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, message in ((tmp_path / "file", "holds no dataset.json"), ("nosuch://bucket/x", "Protocol not known")):
+        with pytest.raises(ConfigError, match=f"data.shards={place}.*{message}"):
+            open_dataset(place)
+
+
 def test_a_truncated_tar_is_refused(tmp_path: Path) -> None:
     data, text = clip(tmp_path)
     shard = tmp_path / "shard-000000.tar"
