@@ -72,7 +72,7 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedRun:
     codec = build_codec(config.codec, device)
     encode_text: EncodeText = list
     if config.model.text.kind is TextKind.encoder:
-        encode_text = load_text_encoder(config.text_encoder, device, dtype).encode
+        encode_text = load_text_encoder(config.text_encoder, config.model.text.width, device, dtype).encode
     return TrainedRun(config, model, codec, encode_text, checkpoint, step)
 
 

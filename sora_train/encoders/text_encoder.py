@@ -24,7 +24,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.pad_to_max = pad_to_max
-        self.width: int = model.config.d_model  # must equal config.model.text.width
+        self.width: int = model.config.d_model
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -44,11 +44,14 @@ class TextEncoder:
         return [torch.cat([r, r.new_zeros(self.max_tokens - r.shape[0], self.width)]) for r in rows]
 
 
-def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(
+    config: TextEncoderConfig, width: int, device: torch.device | str, dtype: torch.dtype
+) -> TextEncoder:
     """Loads encoder and tokenizer from one folder (or hub id), or from `text_encoder/` and `tokenizer/` inside it,
     as diffusers lays a pipeline out.
 
-    Raises ConfigError when the path is missing, holds no T5 or UMT5 encoder, or transformers is not installed.
+    Raises ConfigError when the path is missing, holds no T5 or UMT5 encoder or one whose rows are not as wide as the
+    model takes them (`width`), or transformers is not installed.
     """
     if not config.path:
         raise ConfigError("text_encoder.path is not set: give the folder of a T5 or UMT5, or use model.text.kind=bytes")
@@ -63,9 +66,15 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dty
     if is_local and not (Path(weights) / "config.json").is_file():
         raise ConfigError(f"text_encoder.path={config.path} holds no config.json: give the folder of a T5 or UMT5")
     try:
-        family = transformers.AutoConfig.from_pretrained(weights).model_type
+        settings = transformers.AutoConfig.from_pretrained(weights)
+        family = settings.model_type
         if family not in FAMILIES:
             raise ConfigError(f"text_encoder.path={config.path} is a {family}: use a T5 or UMT5 encoder")
+        if settings.d_model != width:
+            raise ConfigError(
+                f"model.text.width={width}, but text_encoder.path={config.path} gives rows of {settings.d_model}: "
+                f"set model.text.width={settings.d_model}"
+            )
         model = getattr(transformers, FAMILIES[family]).from_pretrained(weights, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(words)
     except OSError as error:

@@ -43,7 +43,8 @@ def build_encoders(config: TrainConfig, world: World) -> Encoders:
     codec = build_codec(config.codec, world.device)
     if config.model.text.kind is TextKind.bytes:
         return Encoders(codec, None)
-    return Encoders(codec, load_text_encoder(config.text_encoder, world.device, torch.bfloat16))
+    width = config.model.text.width
+    return Encoders(codec, load_text_encoder(config.text_encoder, width, world.device, torch.bfloat16))
 
 
 def diffusion_loss(

@@ -34,7 +34,7 @@ def folder(request, tmp_path):
 
 
 def load(folder, **settings):
-    return load_text_encoder(TextEncoderConfig(path=str(folder), **settings), "cpu", torch.float32)
+    return load_text_encoder(TextEncoderConfig(path=str(folder), **settings), 12, "cpu", torch.float32)
 
 
 def test_rows_stop_with_the_text_and_do_not_depend_on_company(folder):
@@ -65,6 +65,11 @@ def test_it_is_frozen(folder):
     encoder = load(folder)
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
     assert not encoder.encode(["a red"])[0].requires_grad
+
+
+def test_rows_of_another_width_than_the_model_takes_are_refused(folder):
+    with pytest.raises(ConfigError, match=r"model\.text\.width=128, but .* set model\.text\.width=12$"):
+        load_text_encoder(TextEncoderConfig(path=str(folder)), 128, "cpu", torch.float32)
 
 
 def test_bad_paths_get_one_line(tmp_path):
