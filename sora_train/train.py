@@ -81,11 +81,12 @@ def main(config: TrainConfig) -> None:
         is_save = due(config.checkpoint.save_every, state) or state.step == config.steps
         if is_save or due(config.tracking.log_every, state):
             tracker.log(state.step, metrics.reduce(), {"learning_rate": rate, **gradient_norm(engine)})
-        if due(config.validation.evaluate_every, state):
-            validation.run(ema, tracker, state.step)
-        if is_save:
-            checkpoints.save(state)
-            saved = state
+        with metrics.paused():  # throughput is that of training
+            if due(config.validation.evaluate_every, state):
+                validation.run(ema, tracker, state.step)
+            if is_save:
+                checkpoints.save(state)
+                saved = state
 
     if metrics.has_steps:
         tracker.log(state.step, metrics.reduce(), {})

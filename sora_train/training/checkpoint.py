@@ -80,7 +80,17 @@ class Checkpoints:
     # --- saving
 
     def save(self, state: TrainState) -> Path:
-        """Writes the checkpoint of `state`; on return it is complete on disk. Every rank must call it."""
+        """Writes the checkpoint of `state`; on return it is complete on disk. Every rank must call it.
+
+        Raises:
+            FloatingPointError: something of it is not finite; on all ranks alike, and nothing is written.
+        """
+        tensors = self._tensors()
+        if broken := next(filter(None, gather_facts(_not_finite(tensors))), None):
+            raise FloatingPointError(
+                f"{broken} is not finite after step {state.step}, which is not saved: run the command again to go on "
+                "from the checkpoint before, with a lower optim.learning_rate"
+            )
         final = self.folder / f"step-{state.step:08d}"
         temporary = self.folder / f".writing-{final.name}"
         if self.world.is_main:
@@ -88,7 +98,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
         barrier()
         path = temporary / f"rank-{self.world.global_rank:05d}.safetensors"
-        save_file(self._tensors(), path)
+        save_file(tensors, path)
         _sync(path)
         entries = gather_facts(_entry(path))
         pieces = gather_facts([(f.name, f.start + f.written[0], f.start + f.written[1]) for f in self.held])
@@ -332,6 +342,11 @@ class _PieceReader:
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The first tensor that holds an infinity or a nan."""
+    return next((name for name, values in tensors.items() if not values.isfinite().all()), None)
 
 
 def _digest(manifest: dict[str, Any]) -> str:

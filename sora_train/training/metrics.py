@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,13 @@ class Metrics:
         self.clips += pack_loss.clips
         self.frames += pack_loss.frames
         self.flops += pack_loss.flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is not part of the time that steps took."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     @property
     def has_steps(self) -> bool:

@@ -60,3 +60,13 @@ def test_a_damaged_checkpoint_given_by_hand_is_one_line(tmp_path: Path) -> None:
     cut(folder)
     with pytest.raises(ConfigError, match=r"rank-00000\.safetensors has"):
         latest_checkpoint(folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A loss looks at the weights before its step: the step itself may have broken them (fp32 at ZeRO-0)."""
+    saved = checkpoints(tmp_path, keep=1)
+    saved.save(TrainState(3))
+    saved.held[0].master[1] = float("nan")
+    with pytest.raises(FloatingPointError, match="master/weight@0 is not finite after step 6"):
+        saved.save(TrainState(6))
+    assert names(saved.folder) == ["step-00000003"]

@@ -9,6 +9,7 @@ import wandb
 from sora_train.config.parallel import ParallelConfig
 from sora_train.config.root import ConfigError, TrainConfig, build_config
 from sora_train.distributed.topology import World
+from sora_train.training import metrics as metrics_module
 from sora_train.training.metrics import Means, Metrics, PackLoss
 from sora_train.training.run import resolved
 from sora_train.training.tracking import METRICS, Tracker, drop_after, read_metrics
@@ -47,6 +48,19 @@ def test_losses_by_step_and_by_quarter_of_t() -> None:
     metrics.add(pack_loss(7.0, [0.1], [7.0], [1.0]))
     metrics.end_step()
     assert metrics.reduce().step_losses == [7.0], "the sums start anew"
+
+
+def test_validation_and_saving_do_not_slow_the_steps_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 52.0, 54.0, 54.0])  # start, pause begins, pause ends, reduce, anew
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: next(clock))
+    metrics = Metrics(WORLD, ParallelConfig())
+    metrics.add(pack_loss(1.0, [0.1], [2.0], [1.0]))
+    metrics.end_step()
+    with metrics.paused():
+        pass
+    means = metrics.reduce()
+    assert means.values["step_seconds"] == 4.0
+    assert means.values["tokens_per_second"] == 2.5
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
