@@ -33,7 +33,7 @@ class FilterConfig:
     min_frames: int = 1
     # Longer side over shorter side.
     max_aspect: float = 4.0
-    # Standard deviation of luma (0 to 255) over the clip: a blank picture has none.
+    # Standard deviation within a frame (0 to 255) of the color channel that varies most: a blank picture has none.
     min_contrast: float = 1.0
     # Mean absolute change of luma between frames a second apart or less (0 to 255); 0 keeps what stands still.
     min_motion: float = 0.0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sora_train.config.model import ModelConfig, TextKind
 from sora_train.models.attention import PackLayout
-from sora_train.models.patchify import Patch, Shape, num_tokens, patchify, positions, unpatchify
+from sora_train.models.patchify import Patch, Shape, num_tokens, patchify, positions, shape_of, unpatchify
 from sora_train.models.text import pack_bytes
 
 Text = Sequence[str] | Sequence[Tensor]  # captions (kind=bytes) or rows [M, text width] (kind=encoder), one a sample
@@ -41,7 +41,7 @@ def pack_inputs(latents: Sequence[Tensor], text: Text, config: ModelConfig) -> P
         ValueError: the patch does not divide a sample, or text is missing or of the wrong kind.
     """
     patch, device = patch_of(config), latents[0].device
-    shapes = tuple(_shape(sample) for sample in latents)
+    shapes = tuple(shape_of(sample) for sample in latents)
     if config.text.kind is TextKind.bytes:
         if not all(isinstance(caption, str) for caption in text):
             raise ValueError("model.text.kind=bytes takes captions, got rows of a text encoder")
@@ -66,8 +66,3 @@ def unpack_prediction(prediction_LQ: Tensor, inputs: PackInputs, config: ModelCo
     parts = prediction_LQ.split(inputs.layout.lengths)
     shapes = [(config.out_channels, *shape[1:]) for shape in inputs.shapes]
     return [unpatchify(part, shape, patch_of(config)) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _shape(latents_CTHW: Tensor) -> Shape:
-    c, t, h, w = latents_CTHW.shape
-    return c, t, h, w

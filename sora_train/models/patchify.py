@@ -28,7 +28,7 @@ def num_tokens(shape: Shape, patch: Patch) -> int:
 def patchify(latents_CTHW: Tensor, patch: Patch) -> Tensor:
     """[C, T, H, W] -> tokens [L, P], P = C * pt * ph * pw in that order."""
     channels = latents_CTHW.shape[0]
-    t, h, w = grid(_shape(latents_CTHW), patch)
+    t, h, w = grid(shape_of(latents_CTHW), patch)
     boxes = latents_CTHW.reshape(channels, t, patch[0], h, patch[1], w, patch[2])
     return boxes.permute(1, 3, 5, 0, 2, 4, 6).reshape(t * h * w, channels * math.prod(patch))
 
@@ -45,6 +45,7 @@ def positions(shape: Shape, patch: Patch) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(size) for size in grid(shape, patch))).reshape(-1, 3)
 
 
-def _shape(latents_CTHW: Tensor) -> Shape:
+def shape_of(latents_CTHW: Tensor) -> Shape:
+    """C T H W as a tuple of known length."""
     c, t, h, w = latents_CTHW.shape
     return c, t, h, w
