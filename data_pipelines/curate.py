@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from datatrove.executor.local import LocalPipelineExecutor
@@ -153,8 +155,17 @@ def clip_pipeline(config: CurationConfig, work: Workspace) -> list[PipelineStep]
 
 
 def run_tasks(steps: list[PipelineStep], tasks: int, workers: int, logs: Path) -> None:
-    """Runs what is not complete yet, in this process or in `workers` others."""
-    LocalPipelineExecutor(steps, tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs)).run()
+    """Runs what is not complete yet, in this process or in `workers` others, which end with it on SIGTERM too."""
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        LocalPipelineExecutor(steps, tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs)).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(signal_number: int, frame: FrameType | None) -> None:
+    # An exception, so that the pool ends its processes: left alone they would write on, into a run started again.
+    raise SystemExit(128 + signal_number)
 
 
 def plan_run(config: CurationConfig) -> tuple[list[str], dict[str, Any]]:

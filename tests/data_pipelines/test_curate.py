@@ -4,7 +4,12 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+from collections.abc import Callable
 from importlib.metadata import files
 from itertools import pairwise
 from pathlib import Path
@@ -226,6 +231,40 @@ def test_shards_do_not_depend_on_where_a_run_was_interrupted(tmp_path: Path, mon
     for path in (tmp_path / "straight").iterdir():
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
     assert not (tmp_path / "cut" / ".curation").exists()
+
+
+@pytest.mark.distributed
+def test_a_stopped_run_leaves_no_process_behind(bikes: Path, tmp_path: Path) -> None:
+    """One left behind would write the same files as a run started again."""
+    (tmp_path / "in").mkdir()
+    for number in range(64):
+        (tmp_path / "in" / f"{number}.mp4").symlink_to(bikes)
+    command = [sys.executable, "-m", "data_pipelines.curate", f"input={tmp_path}/in", f"output={tmp_path}/out"]
+    process = subprocess.Popen([*command, "workers=2"], start_new_session=True, stdout=subprocess.DEVNULL)
+    progress = tmp_path / "out" / ".curation" / "progress"
+    try:
+        assert _within(60, lambda: progress.is_dir() and len(list(progress.iterdir())) == 2)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        assert _within(10, lambda: not _has_processes(process.pid))
+    finally:
+        if _has_processes(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds()
+
+
+def _has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_finished_folder_is_left_alone_and_another_run_refused(tmp_path: Path) -> None:
