@@ -20,7 +20,7 @@ import typer
 from sora_train.config.command import fail
 from sora_train.config.root import ConfigError
 from sora_train.data.video_file import read_video, save_video
-from sora_train.generation import Request, check_sizes, generate
+from sora_train.generation import Request, check_sizes
 from sora_train.sample import best_device, open_output, open_run
 from sora_train.world.sampling import SIMPLE_SIZES
 from sora_train.world.score import Reading, score_clip, share_correct
@@ -158,15 +158,7 @@ def evaluate(
             may_judge(on_truth)
     except ConfigError as error:
         fail(error)
-    videos = generate(
-        run.model,
-        run.codec,
-        requests,
-        run.config.sampling,
-        run.config.diffusion,
-        encode_text=run.encode_text,
-        max_tokens_per_pack=run.config.data.max_tokens_per_pack,
-    )
+    videos = run.generate(requests, run.config.sampling)
     readings = [score_clip(frames_THWC) for frames_THWC in videos]
     results = summary(cases, readings)
     for index, (sample, frames_THWC) in enumerate(zip(results["samples"], videos, strict=True)):

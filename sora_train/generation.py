@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from sora_train.config.diffusion import DiffusionConfig
@@ -19,7 +21,7 @@ from sora_train.config.root import ConfigError
 from sora_train.config.validation import SamplingConfig
 from sora_train.diffusion.conditioning import guided_samples
 from sora_train.diffusion.flow_matching import to_velocity
-from sora_train.diffusion.samplers import sample_latents
+from sora_train.diffusion.samplers import num_evaluations, sample_latents
 from sora_train.encoders.codec_shape import CodecShape
 from sora_train.encoders.video_codec import VideoCodec, to_pixels
 from sora_train.models.inputs import Text, patch_of
@@ -52,6 +54,7 @@ def generate(
     *,
     encode_text: EncodeText = list,
     max_tokens_per_pack: int = 32768,
+    show_progress: bool = False,
 ) -> list[Frames]:
     """Generates the requested videos, in their order.
 
@@ -63,6 +66,7 @@ def generate(
         diffusion: what the model was trained to predict.
         encode_text: turns captions into the model's text.
         max_tokens_per_pack: bounds memory; a request that alone has more is a pack of its own.
+        show_progress: a bar over the evaluations of the model, on a terminal.
 
     Returns:
         uint8 [T, H, W, 3] for each request.
@@ -70,9 +74,15 @@ def generate(
     is_training = model.training
     model.eval()
     videos: list[Frames] = []
-    for pack in packs(requests, model.config, codec.shape, sampling.guidance_scale, max_tokens_per_pack):
-        for latents in sample_pack(model, codec, pack, sampling, diffusion, encode_text):
-            videos.append(to_pixels(codec.decode(latents)).cpu().numpy())
+    parts = list(packs(requests, model.config, codec.shape, sampling.guidance_scale, max_tokens_per_pack))
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (show_progress and console.is_terminal)) as progress:
+        bar = progress.add_task("sampling", total=len(parts) * num_evaluations(sampling))
+        for pack in parts:
+            for latents in sample_pack(
+                model, codec, pack, sampling, diffusion, encode_text, lambda: progress.advance(bar)
+            ):
+                videos.append(to_pixels(codec.decode(latents)).cpu().numpy())
     model.train(is_training)
     return videos
 
@@ -84,8 +94,9 @@ def sample_pack(
     sampling: SamplingConfig,
     diffusion: DiffusionConfig,
     encode_text: EncodeText,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
-    """Latents [C, T, H, W] of requests that are one pack."""
+    """Latents [C, T, H, W] of requests that are one pack; `advance` is called after each run of the model."""
     device = next(model.parameters()).device
     noise = [draw_noise(request, codec.shape).to(device) for request in requests]
     is_guided = sampling.guidance_scale != 1.0
@@ -96,6 +107,7 @@ def sample_pack(
         copies = noisy + noisy if is_guided else noisy
         t_S = torch.full((len(copies),), t, device=device)
         predictions = predict(model, copies, t_S, text)
+        advance()
         velocities = [
             to_velocity(prediction, latents, t, diffusion.prediction)
             for prediction, latents in zip(predictions, copies, strict=True)

@@ -24,7 +24,7 @@ from sora_train.config.command import fail
 from sora_train.config.model import TextKind
 from sora_train.config.parallel import Precision
 from sora_train.config.root import ConfigError, TrainConfig, build_config
-from sora_train.config.validation import Solver
+from sora_train.config.validation import SamplingConfig, Solver
 from sora_train.data.video_file import Frames, save_video
 from sora_train.encoders.text_encoder import load_text_encoder
 from sora_train.encoders.video_codec import VideoCodec, build_codec
@@ -46,6 +46,19 @@ class TrainedRun:
     encode_text: EncodeText
     checkpoint: Path
     step: int
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Frames]:
+        """Videos for requests that `check_sizes` accepts, behind a progress bar."""
+        return generate(
+            self.model,
+            self.codec,
+            requests,
+            sampling,
+            self.config.diffusion,
+            encode_text=self.encode_text,
+            max_tokens_per_pack=self.config.data.max_tokens_per_pack,
+            show_progress=True,
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -115,15 +128,7 @@ def sample(
         folder = open_output(output or run_dir / "samples")
     except ConfigError as error:
         fail(error)
-    videos = generate(
-        run.model,
-        run.codec,
-        requests,
-        sampling,
-        run.config.diffusion,
-        encode_text=run.encode_text,
-        max_tokens_per_pack=run.config.data.max_tokens_per_pack,
-    )
+    videos = run.generate(requests, sampling)
     how = {**asdict(sampling), "solver": sampling.solver.value}
     facts = {"checkpoint": str(run.checkpoint), "step": run.step, **how}
     for path in save_samples(folder, requests, videos, shown.fps, facts):

@@ -130,9 +130,9 @@ def test_the_command_scores_what_was_generated(rendered, monkeypatch, tmp_path):
         encode_text=list,
         step=5,
         num_parameters=11,
+        generate=lambda requests, sampling: [scene_for(request) for request in requests],
     )
     monkeypatch.setattr(evaluate_module, "open_run", lambda run_dir, device: run)
-    monkeypatch.setattr(evaluate_module, "generate", lambda m, c, requests, *a, **k: [scene_for(r) for r in requests])
     app = typer.Typer()
     app.command()(evaluate_module.evaluate)
     output = tmp_path / "out"

@@ -39,5 +39,10 @@ def sample_latents(velocity_field: VelocityField, noise: Sequence[Tensor], confi
     return samples
 
 
+def num_evaluations(config: SamplingConfig) -> int:
+    """How often `sample_latents` asks for velocities."""
+    return 2 * config.steps - 1 if config.solver is Solver.heun else config.steps
+
+
 def _step(samples: list[Tensor], velocity: list[Tensor], dt: float) -> list[Tensor]:
     return [sample + dt * v for sample, v in zip(samples, velocity, strict=True)]

@@ -167,14 +167,20 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole; without one, a fresh start. Every rank must call it.
 
         Raises:
-            ConfigError: the checkpoint is of another model.
+            ConfigError: the checkpoint is of another model, or all there are are damaged.
         """
-        for folder in complete_checkpoints(self.folder):
+        found = complete_checkpoints(self.folder)
+        for folder in found:
             if problem := self._agreed_problem(folder):
                 if self.world.is_main:
                     log.warning("%s is damaged (%s): trying the one before", folder, problem)
                 continue
             return self._load(folder)
+        if found:
+            raise ConfigError(
+                f"all {len(found)} checkpoints in {self.folder} are damaged: move them away to start from nothing, or "
+                "choose another run_dir"
+            )
         reset_optimizer(self.engine)
         return TrainState()
 

@@ -3,7 +3,7 @@ import torch
 
 from sora_train.config.validation import SamplingConfig, Solver
 from sora_train.diffusion.conditioning import guided, guided_samples
-from sora_train.diffusion.samplers import sample_latents
+from sora_train.diffusion.samplers import num_evaluations, sample_latents
 
 SHAPES = [(2, 3, 4, 4), (2, 1, 2, 6)]
 
@@ -65,3 +65,11 @@ def test_guidance_extends_the_line_from_without_to_with_text():
     assert guided(with_text, without, 0.0) == 1
     assert guided(with_text, without, 5.0) == 6
     assert [float(x) for x in guided_samples([with_text] * 2, [without, with_text], 3.0)] == [4, 2]
+
+
+@pytest.mark.parametrize("solver", list(Solver))
+def test_the_number_of_evaluations_is_known_beforehand(solver):
+    asked = []
+    config = SamplingConfig(steps=5, solver=solver)
+    sample_latents(lambda samples, t: asked.append(t) or samples, [torch.zeros(1, 1, 1, 1)], config)
+    assert len(asked) == num_evaluations(config)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sora_train.config.checkpoint import CheckpointConfig
 from sora_train.config.optim import EmaConfig, OptimConfig
 from sora_train.config.parallel import ParallelConfig, Precision
+from sora_train.config.root import ConfigError
 from sora_train.distributed import runtime
 from sora_train.distributed.collectives import barrier, gather_facts
 from sora_train.distributed.engine import accumulate, build_engine, set_learning_rate
@@ -175,7 +176,15 @@ def falls_back(world: World, folder: Path, stage: int, precision: Precision) -> 
         barrier()
         started.append(Run(world, folder, stage, precision).state.step)
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    return {"started": started, "kept": kept}
+    if world.is_main:
+        hurt(folder / "checkpoints" / "step-00000001", "cut")
+    barrier()
+    refusal = ""
+    try:
+        Run(world, folder, stage, precision)
+    except ConfigError as error:
+        refusal = str(error)
+    return {"started": started, "kept": kept, "refusal": refusal}
 
 
 def hurt(checkpoint: Path, damage: str) -> None:

@@ -59,6 +59,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(two_ranks: list[di
         assert result["started"] == [1, 1, 1, 1], result
         damaged = [name for name in result["kept"] if name.startswith("replaced-")]
         assert damaged, "what was damaged is kept aside, not overwritten"
+        assert "are damaged" in result["refusal"], "with nothing whole left, no run starts over by itself"
 
 
 def test_another_number_of_ranks_resumes_without_conversion(tmp_path: Path) -> None:
