@@ -119,7 +119,7 @@ def open_run_dir(config: TrainConfig, world: World) -> Path:
     run_dir = Path(config.run_dir)
     if world.is_main:
         save_config(config, run_dir / "config.yaml")
-        write_status(run_dir, "running", 0)
+        write_status(run_dir, "running", None)
     barrier()
     return run_dir
 
@@ -181,7 +181,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Quarantine:
-    """The ledger of clips that could not be read, quarantine.jsonl: each once, with its reason and first step."""
+    """The ledger of clips that could not be read, quarantine.jsonl: each once a rank, its reason, first step."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / LEDGER
@@ -202,8 +202,9 @@ class Quarantine:
                 self._gap = ""
 
 
-def write_status(run_dir: Path, state: str, step: int) -> None:
-    """How the run stands, for the launcher: "running", "finished" or "stopped" (by a signal, to be requeued)."""
+def write_status(run_dir: Path, state: str, step: int | None) -> None:
+    """How the run stands, for the launcher: "running" (its step is in metrics.jsonl), "finished" or "stopped" (by a
+    signal, to be requeued)."""
     temporary = run_dir / (STATUS + ".tmp")
     temporary.write_text(json.dumps({"state": state, "step": step}))
     temporary.replace(run_dir / STATUS)

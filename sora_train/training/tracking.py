@@ -5,6 +5,7 @@ Everything carries our own step: W&B's counter restarts at 0 when an offline run
 
 import json
 import logging
+import math
 import os
 import secrets
 import time
@@ -73,7 +74,11 @@ class Tracker:
             self._print_line(step, shown, means.values["step_seconds"])
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no NaN: a gradient norm that overflowed is null.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def _print_line(self, step: int, shown: str, step_seconds: float) -> None:

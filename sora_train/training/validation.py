@@ -79,9 +79,11 @@ class Validation:
 
 
 def validation_requests(config: TrainConfig) -> list[Request]:
-    """The samples of each validation."""
+    """The samples of each validation, each prompt once."""
     size = config.validation
-    return [Request(prompt, size.height, size.width, size.frames, config.seed) for prompt in size.prompts]
+    return [
+        Request(prompt, size.height, size.width, size.frames, config.seed) for prompt in dict.fromkeys(size.prompts)
+    ]
 
 
 def load_named(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

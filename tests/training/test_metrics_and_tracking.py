@@ -94,6 +94,15 @@ def test_a_line_a_step_and_no_step_twice_after_a_resume(tmp_path: Path) -> None:
     assert "tokens_per_second" not in rows[1]
 
 
+def test_a_gradient_norm_that_overflowed_is_null(tmp_path: Path) -> None:
+    track = tracker(tmp_path, 0)
+    means = Means([1.0], {"tokens_per_second": 1.0, "step_seconds": 0.1})
+    track.log(1, means, {"gradient_norm": math.inf})
+    track.close()
+    assert "Infinity" not in (tmp_path / METRICS).read_text()
+    assert read_metrics(tmp_path / METRICS)[0]["gradient_norm"] is None
+
+
 def test_validation_stands_in_the_same_file(tmp_path: Path) -> None:
     track = tracker(tmp_path, 0)
     track.log_validation(5, {"held_out_loss": 0.25}, {"a cat": tmp_path / "00.mp4"})
