@@ -86,7 +86,7 @@ def run_stage(stage: Stage) -> float:
 def demo(
     output: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("runs/demo"),
     clips: Annotated[int, typer.Option(help="clips to render", min=1)] = 1200,
-    steps: Annotated[int, typer.Option(help="optimizer steps", min=1)] = 1300,
+    steps: Annotated[int, typer.Option(help="optimizer steps", min=1)] = 1600,
     processes: Annotated[int, typer.Option(help="ranks of torchrun", min=1)] = 2,
     prompts: Annotated[int, typer.Option(help="videos to generate and score", min=2)] = 60,
 ) -> None:
