@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 class SizeConfig:
     """The native size rule: aspect kept, never enlarged, cropped to the stride of codec and patch."""
 
-    # Pixels of one frame after scaling down.
-    max_pixels: int = 480 * 854
+    # Pixels of one frame after scaling down. With max_frames it bounds the tokens of a clip: these defaults give at
+    # most 7,616 with the wavelet codec, which one pack holds; 480 * 854 and 81 frames give 260,000, with a VAE 33,000.
+    max_pixels: int = 128 * 224
     # Longest clip in sampled frames; longer ones give their middle part.
-    max_frames: int = 81
+    max_frames: int = 33
     # Frames a second after resampling; clips slower than this keep their own rate.
     sampling_fps: float = 16.0
 

@@ -28,7 +28,7 @@ class ValidationConfig:
     clips: int = 16
     # Prompts sampled with the averaged weights at each validation, at this size.
     prompts: list[str] = field(default_factory=list)
-    height: int = 480
-    width: int = 832
+    height: int = 128
+    width: int = 224
     frames: int = 33
     fps: float = 16.0

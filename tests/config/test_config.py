@@ -13,6 +13,11 @@ from sora_train.config.curation import CurationConfig
 from sora_train.config.launch import SubmitConfig
 from sora_train.config.root import ConfigError, TrainConfig, build_config, schema_name, writable
 from sora_train.config.world import WorldConfig
+from sora_train.data.schema import IndexRow
+from sora_train.data.size import clip_size, token_stride
+from sora_train.encoders.video_codec import codec_shape
+from sora_train.models.inputs import patch_of
+from sora_train.models.patchify import num_tokens
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROOTS: dict[str, tuple[type, list[str]]] = {
@@ -51,6 +56,17 @@ def test_every_root_composes(root: str) -> None:
 def test_every_choice_composes(root: str, choice: str) -> None:
     schema, needed = ROOTS[root]
     check_arguments([*needed, choice, "codec.path=x"], schema, root)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (1920, 1080), (1000, 1000), (720, 1700)])
+def test_shipped_sizes_fit_the_shipped_pack(height: int, width: int) -> None:
+    """A folder of ordinary videos trains with the defaults."""
+    config = build_config(TrainConfig, {"data": {"shards": "x"}})
+    shape = codec_shape(config.codec)
+    row = IndexRow("a", "mp4", 0, 0, 0, 0, 600, 30.0, height, width, 20.0, "ab", ())
+    size = clip_size(row, config.data.size, token_stride(config.model, shape))
+    latents = shape.latent_shape(size.num_frames, size.height, size.width)
+    assert num_tokens(latents, patch_of(config.model)) <= config.data.max_tokens_per_pack
 
 
 def test_what_an_experiment_sets_wins_over_the_root() -> None:
