@@ -61,7 +61,7 @@ def test_every_choice_composes(root: str, choice: str) -> None:
 @pytest.mark.parametrize(("height", "width"), [(1080, 1920), (1920, 1080), (1000, 1000), (720, 1700)])
 def test_shipped_sizes_fit_the_shipped_pack(height: int, width: int) -> None:
     """A folder of ordinary videos trains with the defaults."""
-    config = build_config(TrainConfig, {"data": {"shards": "x"}})
+    config = build_config(TrainConfig, {"data": {"shards": "x"}, "model": {"in_channels": 96, "out_channels": 96}})
     shape = codec_shape(config.codec)
     row = IndexRow("a", "mp4", 0, 0, 0, 0, 600, 30.0, height, width, 20.0, "ab", ())
     size = clip_size(row, config.data.size, token_stride(config.model, shape))
