@@ -77,7 +77,7 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_five_cuts_give_six_clips_with_their_places_in_the_source(shards: Path) -> None:
     dataset = open_dataset(shards)
-    rows = [row for shard in range(len(dataset.manifest.shards)) for row in dataset.rows(shard)]
+    rows = [row for shard in range(len(dataset.manifest.shards)) for row in dataset.table(shard).rows()]
     ends, total = [], 0
     for row in sorted(rows, key=lambda row: row.key):
         total += row.num_frames

@@ -6,9 +6,8 @@ import numpy as np
 
 from sora_train.config.data import CaptionConfig
 from sora_train.config.root import ConfigError
-from sora_train.data.schema import IndexRow, Origin, Style
-
-KINDS = tuple(f"{origin.value}/{style.value}" for origin in Origin for style in Style)
+from sora_train.data.schema import IndexRow
+from sora_train.data.shard_table import KINDS
 
 
 def check_captions(config: CaptionConfig) -> None:

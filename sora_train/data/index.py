@@ -1,7 +1,7 @@
 """The index of a folder of shards: written once after curation, opened by every run.
 
-`write_index` reads the tars and leaves `dataset.json` and one NAME.index.jsonl a shard; `open_dataset` reads those
-and hands out rows shard by shard, and bytes by (shard, offset, size), from any file system that fsspec knows.
+`write_index` reads the tars and leaves `dataset.json` and one NAME.index.safetensors a shard; `open_dataset` reads
+those and hands out tables shard by shard, and bytes by (shard, offset, size), from any file system fsspec knows.
 """
 
 import hashlib
@@ -24,11 +24,12 @@ from sora_train.data.schema import (
     IndexRow,
     ShardEntry,
 )
+from sora_train.data.shard_table import ShardTable
 
 MANIFEST_NAME = "dataset.json"
 END_OF_TAR = bytes(1024)
 KEY = re.compile(r"[A-Za-z0-9_/-]+")
-# Shards whose rows stay parsed at a time; the shuffle works on windows of fewer.
+# Shards whose tables stay in memory; the shuffle works on windows of fewer.
 CACHED_SHARDS = 64
 
 
@@ -45,12 +46,12 @@ def write_index(folder: str | Path) -> DatasetManifest:
     entries = []
     for path in paths:
         rows = scan_shard(path)
-        _write_atomically(folder / index_name(path.name), "".join(row.to_json() + "\n" for row in rows))
+        _write_atomically(folder / index_name(path.name), ShardTable.from_rows(rows).to_bytes())
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entries.append(ShardEntry(path.name, path.stat().st_size, sha256, len(rows)))
     manifest = DatasetManifest(tuple(entries))
-    _write_atomically(folder / MANIFEST_NAME, manifest.to_json() + "\n")
+    _write_atomically(folder / MANIFEST_NAME, (manifest.to_json() + "\n").encode())
     return manifest
 
 
@@ -115,28 +116,34 @@ def _row(path: Path, key: str, files: dict[str, tarfile.TarInfo], record_json: b
 
 
 class Dataset:
-    """An indexed data set. Rows are parsed when a shard is first asked for; bytes are read by range."""
+    """An indexed data set. A table is read when its shard is first asked for; bytes are read by range."""
 
     def __init__(self, files: AbstractFileSystem, folder: str, manifest: DatasetManifest) -> None:
         self.files = files
         self.folder = folder
         self.manifest = manifest
-        self.rows = lru_cache(maxsize=CACHED_SHARDS)(self._load_rows)
+        self.table = lru_cache(maxsize=CACHED_SHARDS)(self._load_table)
 
-    def _load_rows(self, shard: int) -> tuple[IndexRow, ...]:
+    def _load_table(self, shard: int) -> ShardTable:
         entry = self.manifest.shards[shard]
         try:
             num_bytes = self.files.size(f"{self.folder}/{entry.name}")
-            text = self.files.cat_file(f"{self.folder}/{index_name(entry.name)}")
+            data: bytes = self.files.cat_file(f"{self.folder}/{index_name(entry.name)}")
         except FileNotFoundError as error:
             raise ConfigError(f"{self.folder} lacks {entry.name} or its index: copy the data set again") from error
-        rows = tuple(IndexRow.from_json(line) for line in text.splitlines())
-        if num_bytes != entry.num_bytes or len(rows) != entry.num_samples:
+        try:
+            table = ShardTable.from_bytes(data)
+        except ValueError as error:
             raise ConfigError(
-                f"{self.folder}/{entry.name} has {num_bytes} bytes and {len(rows)} indexed samples, dataset.json says "
+                f"{self.folder}/{index_name(entry.name)} is {error}: "
+                f"rebuild it with `python -m data_pipelines.index shards={self.folder}`"
+            ) from error
+        if num_bytes != entry.num_bytes or len(table) != entry.num_samples:
+            raise ConfigError(
+                f"{self.folder}/{entry.name} has {num_bytes} bytes and {len(table)} indexed samples, dataset.json says "
                 f"{entry.num_bytes} and {entry.num_samples}: copy the shard again or rebuild the index"
             )
-        return rows
+        return table
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes of a shard from `offset`. Raises OSError when they cannot be read."""
@@ -147,7 +154,7 @@ class Dataset:
         return data
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Workers get the manifest and the place, not the parsed rows.
+        # Workers get the manifest and the place, not the tables.
         return Dataset, (self.files, self.folder, self.manifest)
 
 
@@ -174,14 +181,14 @@ def open_dataset(shards: str | Path) -> Dataset:
 
 
 def index_name(shard_name: str) -> str:
-    """shard-000000.tar -> shard-000000.index.jsonl."""
-    return shard_name.removesuffix(".tar") + ".index.jsonl"
+    """shard-000000.tar -> shard-000000.index.safetensors."""
+    return shard_name.removesuffix(".tar") + ".index.safetensors"
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

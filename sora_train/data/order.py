@@ -34,6 +34,7 @@ class PlannedSample:
 
     step: int
     index: int  # in the global batch: with seed and step the key of its draws
+    dataset: int  # number in Order.datasets
     shard: int  # number in the manifest
     row: IndexRow
     size: ClipSize
@@ -146,11 +147,13 @@ class Order:
 
     def _plan(self, step: int, index: int, clip: SizedRow) -> PlannedSample:
         caption = choose_caption(clip.row, self.config.captions, generator(self.seed, step, index, Purpose.caption))
-        return PlannedSample(step, index, clip.shard, clip.row, clip.size, clip.latent_shape, clip.num_tokens, caption)
+        return PlannedSample(
+            step, index, 0, clip.shard, clip.row, clip.size, clip.latent_shape, clip.num_tokens, caption
+        )
 
     def _shard_clips(self, shard: int, held_out: bool = False) -> list[SizedRow]:
         clips = []
-        for row in self.dataset.rows(shard):
+        for row in self.dataset.table(shard).rows():
             if is_held_out(row.source_sha256, self.config.held_out_fraction) is held_out:
                 size = clip_size(row, self.config.size, self.stride)
                 shape = self.codec.latent_shape(size.num_frames, size.height, size.width)

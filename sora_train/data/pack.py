@@ -162,7 +162,18 @@ class PackReader:
     def _filler(self, plan: PackPlan) -> PlannedSample:
         # One token, so that a rank without clips runs the same collectives as the others.
         height, width = self.stride.height, self.stride.width
-        row = IndexRow("filler", "", 0, 0, 0, 0, 1, 0.0, height, width, 0.0, "", ())
+        row = IndexRow(
+            key="filler",
+            medium="",
+            medium_offset=0,
+            medium_size=0,
+            num_frames=1,
+            fps=0.0,
+            height=height,
+            width=width,
+            duration_seconds=0.0,
+            source_sha256="",
+        )
         size = ClipSize(1, height, width, height, width, 0, 1.0)
         shape = (self.latent_channels, 1, *self.patch)
-        return PlannedSample(plan.step, 0, -1, row, size, shape, 1, None)
+        return PlannedSample(plan.step, 0, -1, -1, row, size, shape, 1, None)

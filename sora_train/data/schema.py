@@ -1,8 +1,9 @@
 """What a sample in a shard is, and what the index knows of it: the contract between data_pipelines/ and training.
 
 A shard is a WebDataset tar. Sample KEY (`[A-Za-z0-9_/-]+`; webdataset cuts keys at the first dot) has one medium
-(KEY.mp4, .webm, .mkv, .mov, .jpg, .png, .webp) and KEY.json, the ClipRecord. Beside the tars lie `dataset.json`
-(DatasetManifest) and, per shard, NAME.index.jsonl: one IndexRow a line, in the order of the tar.
+(KEY.mp4, .webm, .mkv, .mov, .jpg, .png, .webp, or KEY.latents.safetensors) and KEY.json, the ClipRecord; shards made
+elsewhere may have KEY.txt or a KEY.json of their own instead. Beside the tars lie `dataset.json` (DatasetManifest)
+and, per shard, NAME.index.safetensors: the IndexRows as columns (ShardTable), in the order of the tar.
 """
 
 import json
@@ -10,9 +11,13 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+LATENT_SUFFIX = "latents.safetensors"  # pre-encoded, of a video or an image
+TEXT_SUFFIX = "text.safetensors"  # rows of a text encoder, for each caption
+# An index holds the place of a medium's suffix in here: new ones go to the end.
+MEDIA = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, LATENT_SUFFIX)
 
 
 class Origin(Enum):
@@ -106,35 +111,39 @@ class CaptionEntry:
     num_bytes: int
 
 
+class CaptionsIn(Enum):
+    """Where a sample's captions stand."""
+
+    nowhere = "nowhere"
+    record = "record"  # KEY.json, a ClipRecord
+    field = "field"  # a text field of a foreign KEY.json
+    text = "text"  # KEY.txt
+
+
 @dataclass(frozen=True)
 class IndexRow:
     """All that planning and reading need of one sample, without opening its shard."""
 
     key: str
-    medium: str  # suffix of the medium: "mp4", "png", …
+    medium: str  # one of MEDIA
     medium_offset: int  # of the member's bytes in the tar
     medium_size: int
-    record_offset: int
-    record_size: int
     num_frames: int
-    fps: float  # 0 for an image
-    height: int
+    fps: float  # 0 for an image; the mean where the rate varies
+    height: int  # as displayed, after rotation
     width: int
     duration_seconds: float
     source_sha256: str
-    captions: tuple[CaptionEntry, ...]
+    captions: tuple[CaptionEntry, ...] = ()
+    medium_xxh3: int = 0  # of the member's bytes; 0: not known
+    captions_in: CaptionsIn = CaptionsIn.record
+    record_offset: int = 0  # of the member that holds the captions
+    record_size: int = 0
+    text_offset: int = 0  # of KEY.text.safetensors; size 0: there is none
+    text_size: int = 0
+    rotation: int = 0  # clockwise degrees that turn coded frames into displayed ones: 0, 90, 180 or 270
     is_variable_rate: bool = False
-
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @staticmethod
-    def from_json(text: str | bytes) -> "IndexRow":
-        """The row of one line of an index."""
-        values = json.loads(text)
-        values["captions"] = tuple(CaptionEntry(**item) for item in values["captions"])
-        return IndexRow(**values)
+    latent_shape: tuple[int, int, int, int] | None = None  # C T H W of pre-encoded latents
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,9 @@ class DatasetManifest:
     """dataset.json."""
 
     shards: tuple[ShardEntry, ...]
+    # Identities of what made the pre-encoded latents and text rows; none where there are none.
+    encoders: tuple[str, ...] = ()
+    text_encoders: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -172,7 +184,11 @@ class DatasetManifest:
             values = json.loads(text)
             version = values["format_version"]
             if version == FORMAT_VERSION:
-                return DatasetManifest(shards=tuple(ShardEntry(**item) for item in values["shards"]))
+                return DatasetManifest(
+                    shards=tuple(ShardEntry(**item) for item in values["shards"]),
+                    encoders=tuple(values["encoders"]),
+                    text_encoders=tuple(values["text_encoders"]),
+                )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"dataset.json is damaged ({error!r}): {rebuild}") from error
         raise ValueError(f"dataset.json has format_version {version}, this code reads {FORMAT_VERSION}: {rebuild}")

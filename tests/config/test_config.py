@@ -63,7 +63,7 @@ def test_shipped_sizes_fit_the_shipped_pack(height: int, width: int) -> None:
     """A folder of ordinary videos trains with the defaults."""
     config = build_config(TrainConfig, {"data": {"shards": "x"}, "model": {"in_channels": 96, "out_channels": 96}})
     shape = codec_shape(config.codec)
-    row = IndexRow("a", "mp4", 0, 0, 0, 0, 600, 30.0, height, width, 20.0, "ab", ())
+    row = IndexRow("a", "mp4", 0, 0, 600, 30.0, height, width, 20.0, "ab")
     size = clip_size(row, config.data.size, token_stride(config.model, shape))
     latents = shape.latent_shape(size.num_frames, size.height, size.width)
     assert num_tokens(latents, patch_of(config.model)) <= config.data.max_tokens_per_pack

@@ -17,7 +17,7 @@ LARGE = SizeConfig(max_pixels=10**6, max_frames=81, sampling_fps=8.0)
 
 
 def row(num_frames: int, height: int, width: int, fps: float = 8.0, medium: str = "mp4") -> IndexRow:
-    return IndexRow("clip", medium, 0, 0, 0, 0, num_frames, fps, height, width, num_frames / 8, "0" * 64, ())
+    return IndexRow("clip", medium, 0, 0, num_frames, fps, height, width, num_frames / 8, "0" * 64)
 
 
 def test_native_sizes_stay_and_only_the_stride_is_cropped() -> None:

@@ -14,6 +14,7 @@ from sora_train.data.draws import Purpose, generator
 from sora_train.data.index import open_dataset
 from sora_train.data.order import Order, is_held_out
 from sora_train.data.schema import CaptionEntry, DatasetManifest, IndexRow, ShardEntry
+from sora_train.data.shard_table import ShardTable
 
 
 class Rows:
@@ -27,12 +28,15 @@ class Rows:
         self.sizes = draw.choice([1, 5, 9, 17], size=(num_shards, clips_per_shard))
         self.loads: list[int] = []
 
-    def rows(self, shard: int) -> tuple[IndexRow, ...]:
+    def table(self, shard: int) -> ShardTable:
         self.loads.append(shard)
+        return ShardTable.from_rows(self.rows(shard))
+
+    def rows(self, shard: int) -> tuple[IndexRow, ...]:
         captions = (CaptionEntry("original/short", 5), CaptionEntry("recaption/short", 20))
         return tuple(
             IndexRow(
-                f"{shard}-{i}", "mp4", 0, 0, 0, 0, int(frames), 8.0, 64, 64, 1.0,
+                f"{shard}-{i}", "mp4", 0, 0, int(frames), 8.0, 64, 64, 1.0,
                 sha256(f"{shard}-{i // 2}".encode()).hexdigest(), captions,
             )
             for i, frames in enumerate(self.sizes[shard])

@@ -20,7 +20,7 @@ def batch_of(lengths: list[int]) -> GlobalBatch:
         0,
         tuple(
             PlannedSample(
-                0, i, 0, IndexRow(f"c{i}", "mp4", 0, 0, 0, 0, 1, 8.0, 8, 8, 1.0, sha256(b"").hexdigest(), ()),
+                0, i, 0, 0, IndexRow(f"c{i}", "mp4", 0, 0, 1, 8.0, 8, 8, 1.0, sha256(b"").hexdigest()),
                 size, (96, 1, 2, 2), length, None,
             )
             for i, length in enumerate(lengths)

@@ -17,7 +17,7 @@ def clip(folder: Path, source: str = "a") -> tuple[bytes, bytes]:
 def test_rows_lead_to_the_bytes_of_each_member(shards: Path) -> None:
     dataset = open_dataset(shards)
     assert dataset.manifest.num_samples == 24
-    row = dataset.rows(2)[1]
+    row = dataset.table(2).row(1)
     found = ClipRecord.from_json(dataset.read(2, row.record_offset, row.record_size))
     assert row.key == "clip009"
     assert (row.num_frames, row.height, row.width) == (found.num_frames, found.height, found.width)
@@ -90,7 +90,7 @@ def test_records_that_would_stop_training_are_named_by_the_index(old: str, new: 
         write_index(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 9}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 2}', '{"format_version": 9}'])
 def test_a_manifest_that_is_none_is_refused_with_the_command_that_builds_it(text: str, tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(ConfigError, match=r"dataset\.json (is damaged|has format_version 9).*data_pipelines.index"):
@@ -103,4 +103,4 @@ def test_a_shard_that_changed_after_indexing_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path)
     write_tar(tmp_path / "shard-000000.tar", {"a.mp4": data * 30, "a.json": text})
     with pytest.raises(ConfigError, match="copy the shard again or rebuild the index"):
-        open_dataset(tmp_path).rows(0)
+        open_dataset(tmp_path).table(0)

@@ -38,9 +38,10 @@ def pack_of(numbers: list[int], planned: list[int]) -> Pack:
     for number in numbers:
         t, h, w = SIZES[number]
         generator = torch.Generator().manual_seed(number)
-        row = IndexRow(f"clip-{number}", "mp4", 0, 0, 0, 0, t, 8.0, h, w, 1.0, "ab", ())
+        row = IndexRow(f"clip-{number}", "mp4", 0, 0, t, 8.0, h, w, 1.0, "ab")
         shape = ENCODERS.codec.shape.latent_shape(t, h, w)
-        samples.append(PlannedSample(0, number, 0, row, ClipSize(t, h, w, h, w, 0, 1.0), shape, tokens[number], None))
+        size = ClipSize(t, h, w, h, w, 0, 1.0)
+        samples.append(PlannedSample(0, number, 0, 0, row, size, shape, tokens[number], None))
         frames.append(torch.randint(0, 256, (t, h, w, 3), dtype=torch.uint8, generator=generator))
         noise.append(torch.randn(shape, generator=generator))
     return Pack(
