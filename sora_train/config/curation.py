@@ -1,7 +1,11 @@
-"""Settings of curation: from a folder of videos to recaptioned shards, and of the index of existing shards."""
+"""Settings of curation: from a folder of videos to recaptioned shards, and of index and report of existing shards."""
 
 from dataclasses import dataclass, field
 from enum import Enum
+
+from sora_train.config.data import DataConfig
+from sora_train.config.encoders import CodecConfig
+from sora_train.config.model import ModelConfig
 
 
 class SceneDetectorKind(Enum):
@@ -61,3 +65,23 @@ class CurationConfig:
 class IndexConfig:
     # Folder of WebDataset tars to index.
     shards: str = "???"
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    # Folder or URL of an indexed data set.
+    shards: str = "???"
+    # The page; empty: report.html in the folder of the shards, or here where they are behind a URL.
+    output: str = ""
+    # Ranks of the simulated training; half as many and twice as many stand beside them.
+    ranks: int = 8
+    # Steps that are simulated.
+    steps: int = 50
+    # Clips that are shown; no other is decoded.
+    clips: int = 24
+    # Of the simulated training; also picks the clips that are shown.
+    seed: int = 0
+    # As in training, where they decide what a clip becomes and what a step costs.
+    model: ModelConfig = field(default_factory=ModelConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    data: DataConfig = field(default_factory=DataConfig)
