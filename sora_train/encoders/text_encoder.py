@@ -3,7 +3,9 @@
 Used with model.text.kind=encoder; the byte text path needs none of this.
 """
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ class TextEncoder:
         self.max_tokens = max_tokens
         self.pad_to_max = pad_to_max
         self.width: int = model.config.d_model
+
+    @cached_property
+    def identity(self) -> str:
+        """Two encoders of one identity give the same rows: family and a hash of weights, words and settings."""
+        digest = hashlib.sha256(f"{self.max_tokens} {self.pad_to_max}".encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().numpy().tobytes())
+        for word, number in sorted(self.tokenizer.get_vocab().items()):
+            digest.update(f"{word}\0{number}".encode())
+        return f"{type(self.model).__name__}-{digest.hexdigest()[:16]}"
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:

@@ -80,3 +80,12 @@ def test_bad_paths_get_one_line(tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="is a bert"):
         load(tmp_path)
+
+
+def test_its_identity_follows_weights_and_settings(folder):
+    identity = load(folder, max_tokens=8).identity
+    assert load(folder, max_tokens=8).identity == identity
+    assert load(folder, max_tokens=9).identity != identity
+    changed = load(folder, max_tokens=8)
+    next(changed.model.parameters()).data.flatten()[0] += 1
+    assert changed.identity != identity
