@@ -22,6 +22,7 @@ from sora_train.training.checkpoint import Checkpoints, TrainState
 from sora_train.training.ema import Ema
 from sora_train.training.metrics import Metrics
 from sora_train.training.optim import build_optimizer
+from sora_train.training.quarantine import Quarantine
 from sora_train.training.resilience import AgreedStop
 from sora_train.training.schedule import learning_rate
 from sora_train.training.step import build_encoders, diffusion_loss
@@ -37,6 +38,7 @@ def main(config: TrainConfig) -> None:
     run_dir = run.open_run_dir(config, world)
 
     # build
+    quarantine = Quarantine(run_dir, config.data.max_bad_share)
     loader = build_loader(
         config.data,
         config.model,
@@ -58,7 +60,6 @@ def main(config: TrainConfig) -> None:
     checkpoints = Checkpoints(run_dir, config.checkpoint, world, engine=engine, held=held, ema=ema, facts=facts)
     state = checkpoints.load_latest()  # to resume, run the same command again
     tracker = Tracker(config, facts["config"], enabled=world.is_main, start_step=state.step)
-    quarantine = run.Quarantine(run_dir)
     metrics = Metrics(world, config.parallel)
     stop = AgreedStop()
     saved = state
@@ -80,7 +81,9 @@ def main(config: TrainConfig) -> None:
         # maintenance
         is_save = due(config.checkpoint.save_every, state) or state.step == config.steps
         if is_save or due(config.tracking.log_every, state):
-            tracker.log(state.step, metrics.reduce(), {"learning_rate": rate, **gradient_norm(engine)})
+            means = metrics.reduce()
+            tracker.log(state.step, means, {"learning_rate": rate, **gradient_norm(engine)})
+            quarantine.check(means.failed, means.clips)
         with metrics.paused():  # throughput is that of training
             if due(config.validation.evaluate_every, state):
                 validation.run(ema, tracker, state.step)

@@ -42,3 +42,5 @@ class DataConfig:
     workers: int = 1
     # Packs that each worker keeps ready.
     read_ahead: int = 4
+    # A run stops when more than this share of its clips could not be read (quarantine.jsonl says which and why).
+    max_bad_share: float = 0.05

@@ -23,6 +23,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "model.text.max_bytes": (1, None),
     "text_encoder.max_tokens": (1, None),
     "diffusion.timesteps.std": (0, None),
+    "data.max_bad_share": (0, 1),
     "optim.beta1": (0, 1),
     "optim.beta2": (0, 1),
     "optim.weight_decay": (0, None),

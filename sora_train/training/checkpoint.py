@@ -203,8 +203,6 @@ class Checkpoints:
                 reader.fill(kind, fragment.name, fragment.start, into)
         reader.close()
         apply_loaded(self.engine, manifest["optimizer_steps"])
-        if self.world.is_main and (folder / LEDGER).exists():
-            shutil.copyfile(folder / LEDGER, self.ledger)
         barrier()
         return TrainState(step=manifest["step"])
 

@@ -12,10 +12,13 @@ from torch import Tensor
 from sora_train.config.parallel import ParallelConfig, Precision
 from sora_train.cost.flops import mfu, peak_flops
 from sora_train.data.pack import Pack
+from sora_train.data.shard_table import KINDS
 from sora_train.distributed.collectives import sum_over_ranks
 from sora_train.distributed.topology import World
 
 T_BINS = 4
+# How the loss is told apart by caption; the last is for samples trained without one.
+CAPTION_KINDS = (*KINDS, "none")
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,12 @@ class PackLoss:
     sample_loss_S: Tensor  # mean squared error of each sample, detached
     t_S: Tensor
     weight_S: Tensor  # 0 for masked clips and filler
+    kind_S: Tensor  # number in CAPTION_KINDS of the caption trained on
     tokens: int  # trained on, on this rank
     clips: int
     frames: int
     flops: float  # useful forward and backward FLOPs
+    failed: int  # clips that could not be read
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Means:
 
     step_losses: list[float]  # of each step, in order
     values: dict[str, float]  # means over steps and ranks
+    clips: int  # trained on, on all ranks
+    failed: int  # clips that could not be read, on all ranks
 
     @property
     def loss(self) -> float:
@@ -57,9 +64,10 @@ class Metrics:
     def _restart(self) -> None:
         device = self.world.device
         self.step_losses = [torch.zeros((), dtype=torch.float64, device=device)]
-        # Weighted sums and weights of the loss by quarter of t.
+        # Weighted sums and weights of the loss by quarter of t, and by kind of caption.
         self.by_t = torch.zeros(2, T_BINS, dtype=torch.float64, device=device)
-        self.tokens, self.clips, self.frames, self.flops, self.wait_seconds = 0, 0, 0, 0.0, 0.0
+        self.by_kind = torch.zeros(2, len(CAPTION_KINDS), dtype=torch.float64, device=device)
+        self.tokens, self.clips, self.failed, self.frames, self.flops, self.wait_seconds = 0, 0, 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
     def timed(self, packs: Iterator[Pack]) -> Iterator[Pack]:
@@ -75,10 +83,13 @@ class Metrics:
         self.step_losses[-1] += pack_loss.loss.detach()
         bins = (pack_loss.t_S * T_BINS).long().clamp_(0, T_BINS - 1)
         weight_S = pack_loss.weight_S.double()
-        self.by_t[0].index_add_(0, bins, pack_loss.sample_loss_S.double() * weight_S)
-        self.by_t[1].index_add_(0, bins, weight_S)
+        loss_S = pack_loss.sample_loss_S.double() * weight_S
+        for sums, bins_S in ((self.by_t, bins), (self.by_kind, pack_loss.kind_S)):
+            sums[0].index_add_(0, bins_S, loss_S)
+            sums[1].index_add_(0, bins_S, weight_S)
         self.tokens += pack_loss.tokens
         self.clips += pack_loss.clips
+        self.failed += pack_loss.failed
         self.frames += pack_loss.frames
         self.flops += pack_loss.flops
 
@@ -107,10 +118,11 @@ class Metrics:
         seconds = time.perf_counter() - self.started
         steps = len(self.step_losses) - 1
         losses = torch.stack(self.step_losses[:steps])
-        counts = losses.new_tensor([self.tokens, self.clips, self.frames, self.flops, self.wait_seconds])
-        sums = sum_over_ranks(torch.cat([losses, self.by_t.view(-1), counts])).tolist()
-        step_losses, by_t = sums[:steps], sums[steps : steps + 2 * T_BINS]
-        tokens, clips, frames, flops, waited = sums[steps + 2 * T_BINS :]
+        counts = losses.new_tensor([self.tokens, self.clips, self.failed, self.frames, self.flops, self.wait_seconds])
+        parts = [losses, self.by_t[0], self.by_t[1], self.by_kind[0], self.by_kind[1], counts]
+        summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+        step_losses, t_losses, t_weights, kind_losses, kind_weights, totals = (part.tolist() for part in summed)
+        tokens, clips, failed, frames, flops, waited = totals
         if not all(math.isfinite(loss) for loss in step_losses):
             raise FloatingPointError(f"the loss is not finite in the last {steps} steps: lower optim.learning_rate")
         values = {
@@ -123,8 +135,13 @@ class Metrics:
         }
         if self.peak_flops > 0:
             values["mfu"] = mfu(flops, seconds, self.peak_flops * self.world.world_size)
-        for i, (total, weight) in enumerate(zip(by_t[:T_BINS], by_t[T_BINS:], strict=True), start=1):
-            if weight > 0:
-                values[f"loss_t{i}of{T_BINS}"] = total / weight
+        by_t = [f"t{i}of{T_BINS}" for i in range(1, T_BINS + 1)]
+        by_kind = [f"caption_{kind.replace('/', '_')}" for kind in CAPTION_KINDS]
+        for names, sums, weights in ((by_t, t_losses, t_weights), (by_kind, kind_losses, kind_weights)):
+            for name, total, weight in zip(names, sums, weights, strict=True):
+                if weight > 0:
+                    values[f"loss_{name}"] = total / weight
+        if failed > 0:
+            values["failed_clips"] = failed
         self._restart()
-        return Means(step_losses, values)
+        return Means(step_losses, values, int(clips), int(failed))

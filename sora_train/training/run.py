@@ -1,12 +1,10 @@
-"""The run directory's memory of what is being trained: config, fingerprints, quarantine, how it ended."""
+"""The run directory's memory of what is being trained: config, fingerprints, how it ended."""
 
 import hashlib
 import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,13 @@ from omegaconf import OmegaConf
 from sora_train.config.limits import check_limits
 from sora_train.config.root import ConfigError, TrainConfig, known_keys, save_config
 from sora_train.data.index import open_dataset
-from sora_train.data.pack import Failure
 from sora_train.distributed.collectives import barrier
 from sora_train.distributed.topology import World
 from sora_train.encoders.video_codec import codec_shape
 from sora_train.generation import check_sizes
 from sora_train.models.video_dit import check_model
-from sora_train.training.checkpoint import LEDGER, DamagedCheckpointError, complete_checkpoints, read_manifest
+from sora_train.training.checkpoint import DamagedCheckpointError, complete_checkpoints, read_manifest
+from sora_train.training.quarantine import restore_ledger
 from sora_train.training.validation import validation_requests
 
 STATUS = "status.json"
@@ -38,6 +36,7 @@ FREE_TO_CHANGE = (
     "data.shards",  # may have moved; the fingerprint tells whether it is the same data
     "data.workers",
     "data.read_ahead",
+    "data.max_bad_share",
     "data.max_tokens_per_pack",  # packs are cut anew for each world; the batch stays
     "parallel.",
     "checkpoint.",
@@ -120,6 +119,7 @@ def open_run_dir(config: TrainConfig, world: World) -> Path:
     if world.is_main:
         save_config(config, run_dir / "config.yaml")
         write_status(run_dir, "running", None)
+        restore_ledger(run_dir)
     barrier()
     return run_dir
 
@@ -178,28 +178,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-class Quarantine:
-    """The ledger of clips that could not be read, quarantine.jsonl: each once a rank, its reason, first step."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / LEDGER
-        # A line without its end was cut off by a kill; the clip fails again and is written again.
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
-        self._known = {(row["shard"], row["key"]) for row in rows}
-        self._gap = "\n" if lines and not lines[-1].endswith("\n") else ""
-
-    def add(self, step: int, failures: Iterable[Failure]) -> None:
-        """Clips that failed in a step."""
-        for failure in failures:
-            if (failure.shard, failure.key) not in self._known:
-                self._known.add((failure.shard, failure.key))
-                log.warning("quarantined %s of %s: %s", failure.key, failure.shard, failure.reason)
-                with self.path.open("a") as ledger:
-                    ledger.write(self._gap + json.dumps({**asdict(failure), "first_step": step}) + "\n")
-                self._gap = ""
 
 
 def write_status(run_dir: Path, state: str, step: int | None) -> None:

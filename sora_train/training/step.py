@@ -18,12 +18,13 @@ from sora_train.config.model import ModelConfig, TextKind
 from sora_train.config.root import TrainConfig
 from sora_train.cost.flops import step_flops
 from sora_train.data.loader import Pack
+from sora_train.data.order import PlannedSample
 from sora_train.diffusion.flow_matching import interpolate, squared_error
 from sora_train.distributed.topology import World
 from sora_train.encoders.text_encoder import TextEncoder, load_text_encoder
 from sora_train.encoders.video_codec import VideoCodec, build_codec, to_unit_range
 from sora_train.models.inputs import Text, pack_inputs, unpack_prediction
-from sora_train.training.metrics import PackLoss
+from sora_train.training.metrics import CAPTION_KINDS, PackLoss
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def diffusion_loss(
         sample_loss_S=error_S.detach(),
         t_S=pack.t_S,
         weight_S=pack.weight_S,
+        kind_S=torch.tensor([caption_kind(sample) for sample in pack.samples]).to(pack.t_S.device, non_blocking=True),
         tokens=sum(compress(inputs.layout.lengths, trained)),
         clips=sum(trained),
         frames=sum(frames.shape[0] for frames in compress(pack.frames, trained)),
@@ -96,4 +98,10 @@ def diffusion_loss(
                 zip(inputs.layout.lengths, inputs.layout.text_lengths, strict=True), trained
             )
         ),
+        failed=len(pack.failures),
     )
+
+
+def caption_kind(sample: PlannedSample) -> int:
+    """Number in CAPTION_KINDS of the caption that a sample is trained with."""
+    return CAPTION_KINDS.index("none" if sample.caption is None else sample.row.captions[sample.caption].kind)

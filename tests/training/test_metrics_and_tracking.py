@@ -10,7 +10,7 @@ from sora_train.config.parallel import ParallelConfig
 from sora_train.config.root import ConfigError, TrainConfig, build_config
 from sora_train.distributed.topology import World
 from sora_train.training import metrics as metrics_module
-from sora_train.training.metrics import Means, Metrics, PackLoss
+from sora_train.training.metrics import CAPTION_KINDS, Means, Metrics, PackLoss
 from sora_train.training.run import resolved
 from sora_train.training.tracking import METRICS, Tracker, drop_after, read_metrics
 
@@ -23,10 +23,12 @@ def pack_loss(loss: float, t: list[float], losses: list[float], weights: list[fl
         sample_loss_S=torch.tensor(losses),
         t_S=torch.tensor(t),
         weight_S=torch.tensor(weights),
+        kind_S=torch.tensor([0, len(CAPTION_KINDS) - 1][: len(t)]),
         tokens=10,
         clips=len(t),
         frames=5,
         flops=1e9,
+        failed=sum(weight == 0 for weight in weights),
     )
 
 
@@ -44,6 +46,9 @@ def test_losses_by_step_and_by_quarter_of_t() -> None:
     assert means.values["loss_t4of4"] == 6.0
     assert "loss_t2of4" not in means.values
     assert means.values["tokens_per_step"] == 15.0
+    assert means.values["loss_caption_original_short"] == (2.0 + 6.0 + 8.0) / 3
+    assert means.values["loss_caption_none"] == 4.0, "the masked one does not count"
+    assert (means.clips, means.failed, means.values["failed_clips"]) == (5, 1, 1)
     assert "mfu" not in means.values, "the peak of a CPU is not known and not guessed"
     metrics.add(pack_loss(7.0, [0.1], [7.0], [1.0]))
     metrics.end_step()
@@ -80,13 +85,13 @@ def tracker(folder: Path, start_step: int) -> Tracker:
 def test_a_line_a_step_and_no_step_twice_after_a_resume(tmp_path: Path) -> None:
     means = {"tokens_per_second": 1.0, "step_seconds": 0.1}
     first = tracker(tmp_path, 0)
-    first.log(3, Means([3.0, 2.0, 1.0], means), {"learning_rate": 0.1})
-    first.log(5, Means([0.5, 0.4], means), {})
+    first.log(3, Means([3.0, 2.0, 1.0], means, 5, 0), {"learning_rate": 0.1})
+    first.log(5, Means([0.5, 0.4], means, 5, 0), {})
     first.close()
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
     second = tracker(tmp_path, 4)
-    second.log(6, Means([0.4, 0.3], means), {})
+    second.log(6, Means([0.4, 0.3], means, 5, 0), {})
     second.close()
     rows = read_metrics(tmp_path / METRICS)
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5), (5, 0.4), (6, 0.3)]
@@ -96,7 +101,7 @@ def test_a_line_a_step_and_no_step_twice_after_a_resume(tmp_path: Path) -> None:
 
 def test_a_gradient_norm_that_overflowed_is_null(tmp_path: Path) -> None:
     track = tracker(tmp_path, 0)
-    means = Means([1.0], {"tokens_per_second": 1.0, "step_seconds": 0.1})
+    means = Means([1.0], {"tokens_per_second": 1.0, "step_seconds": 0.1}, 5, 0)
     track.log(1, means, {"gradient_norm": math.inf})
     track.close()
     assert "Infinity" not in (tmp_path / METRICS).read_text()
@@ -128,7 +133,7 @@ def test_dropping_from_nothing_is_nothing(tmp_path: Path) -> None:
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     config = build_config(TrainConfig, {"run_dir": str(tmp_path / "run"), "data": {"shards": "x"}})
     silent = Tracker(config, {}, enabled=False, start_step=0)
-    silent.log(1, Means([1.0], {}), {})
+    silent.log(1, Means([1.0], {}, 5, 0), {})
     silent.close()
     assert not (tmp_path / "run").exists()
     assert json.dumps(resolved(config))

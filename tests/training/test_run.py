@@ -10,7 +10,6 @@ import pytest
 
 from sora_train.config.limits import POSITIVE, RANGES
 from sora_train.config.root import ConfigError, TrainConfig, build_config, known_keys, load_config, save_config
-from sora_train.data.pack import Failure
 from sora_train.data.schema import DatasetManifest, ShardEntry
 from sora_train.training import run
 from sora_train.training.checkpoint import FORMAT_VERSION, MANIFEST, _digest
@@ -133,27 +132,3 @@ def test_the_config_file_of_a_run_reads_back_equal(build: Callable[..., TrainCon
     config = build(model={"text": {"kind": "encoder"}})
     save_config(config, tmp_path / "config.yaml")
     assert load_config(TrainConfig, tmp_path / "config.yaml") == config
-
-
-def test_a_clip_is_quarantined_once(tmp_path: Path) -> None:
-    failure = Failure("clip-1", "shard-000000.tar", "cut short")
-    run.Quarantine(tmp_path).add(3, [failure, failure])
-    run.Quarantine(tmp_path).add(9, [failure, Failure("clip-2", "shard-000000.tar", "no moov")])
-    rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert [(row["key"], row["first_step"], row["reason"]) for row in rows] == [
-        ("clip-1", 3, "cut short"),
-        ("clip-2", 9, "no moov"),
-    ]
-
-
-def test_a_ledger_cut_off_by_a_kill_is_taken_up(tmp_path: Path) -> None:
-    first, second = Failure("clip-1", "a.tar", "cut short"), Failure("clip-2", "a.tar", "no moov")
-    run.Quarantine(tmp_path).add(3, [first, second])
-    ledger = tmp_path / "quarantine.jsonl"
-    ledger.write_text(ledger.read_text()[:-20])
-    run.Quarantine(tmp_path).add(3, [first, second])
-    lines = ledger.read_text().splitlines()
-    assert [json.loads(lines[number])["key"] for number in (0, 2)] == ["clip-1", "clip-2"]
-    assert len(lines) == 3
-    run.Quarantine(tmp_path).add(5, [first, second])
-    assert ledger.read_text().splitlines() == lines
