@@ -72,7 +72,19 @@ def build_config(schema: type[Schema], values: DictConfig | dict[str, Any]) -> S
         built: Schema = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, schema)) from error
+    if isinstance(built, TrainConfig):
+        check_data_named(built.data)
     return built
+
+
+def check_data_named(config: DataConfig) -> None:
+    """Raises ConfigError unless one data set is named, or several are, but not both ways at once."""
+    if config.shards and config.datasets:
+        raise ConfigError(
+            f"data.shards={config.shards} and data.datasets={','.join(config.datasets)} are both set: keep one of them"
+        )
+    if not config.shards and not config.datasets:
+        raise ConfigError("data.shards is not set: pass data.shards=VALUE (or several in data.datasets)")
 
 
 def save_config(config: Any, path: Path) -> None:

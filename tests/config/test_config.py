@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import hydra
 import pytest
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
+import sora_train.config.data
 from sora_train.config.command import check_arguments, fail
 from sora_train.config.curation import CurationConfig
+from sora_train.config.data import Media, dataset_configs
 from sora_train.config.launch import SubmitConfig
 from sora_train.config.root import ConfigError, TrainConfig, build_config, schema_name, writable
 from sora_train.config.world import WorldConfig
@@ -67,6 +71,32 @@ def test_shipped_sizes_fit_the_shipped_pack(height: int, width: int) -> None:
     size = clip_size(row, config.data.size, token_stride(config.model, shape))
     latents = shape.latent_shape(size.num_frames, size.height, size.width)
     assert num_tokens(latents, patch_of(config.model)) <= config.data.max_tokens_per_pack
+
+
+def test_a_curriculum_on_several_data_sets_composes() -> None:
+    """The example of sora_train/config/data.py, and what the command line changes of it."""
+    documentation = str(sora_train.config.data.__doc__)
+    example = OmegaConf.create(textwrap.dedent(documentation[documentation.index("    data:\n") :]))
+    data = build_config(TrainConfig, example).data
+    assert {name: item.media for name, item in data.datasets.items()} == {"pictures": Media.any, "films": Media.video}
+    assert [stage.start_step for stage in data.stages] == [20000, 60000]
+    assert data.stages[0].weights == {"pictures": 0.2, "films": 0.8}
+    assert (data.stages[0].size.max_frames, data.stages[0].size.max_pixels) == (81, None)
+    sets = "+data.datasets={films: {shards: x, media: video}, pictures: {shards: y}}"
+    with hydra.initialize_config_module("sora_train.configs", version_base="1.3"):
+        data = build_config(TrainConfig, hydra.compose("train", ["experiment=curriculum", sets])).data
+    assert data.stages[1].size.max_pixels == 921600
+    assert list(dataset_configs(data)) == ["films", "pictures"]
+    mistakes = {
+        "data.shards=x and data.datasets=a are both set": {"shards": "x", "datasets": {"a": {"shards": "y"}}},
+        "data.datasets.a.shards is not set": {"datasets": {"a": {}}},
+        "media: Invalid value 'film'": {"datasets": {"a": {"shards": "y", "media": "film"}}},
+        "start_step is not set": {"shards": "x", "stages": [{"weights": {"a": 1.0}}]},
+        "max_pixel is not a setting": {"shards": "x", "stages": [{"start_step": 1, "size": {"max_pixel": 1}}]},
+    }
+    for message, values in mistakes.items():
+        with pytest.raises(ConfigError, match=message):
+            build_config(TrainConfig, {"data": values})
 
 
 def test_what_an_experiment_sets_wins_over_the_root() -> None:
