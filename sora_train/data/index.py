@@ -17,16 +17,17 @@ from fsspec import AbstractFileSystem
 from sora_train.config.root import ConfigError
 from sora_train.data.schema import (
     IMAGE_SUFFIXES,
+    MANIFEST_NAME,
     VIDEO_SUFFIXES,
     CaptionEntry,
     ClipRecord,
     DatasetManifest,
     IndexRow,
     ShardEntry,
+    index_name,
 )
 from sora_train.data.shard_table import ShardTable
 
-MANIFEST_NAME = "dataset.json"
 END_OF_TAR = bytes(1024)
 KEY = re.compile(r"[A-Za-z0-9_/-]+")
 # Shards whose tables stay in memory; the shuffle works on windows of fewer.
@@ -178,11 +179,6 @@ def open_dataset(shards: str | Path) -> Dataset:
     if manifest.num_samples == 0:
         raise ConfigError(f"data.shards={shards} holds no samples: curate more clips")
     return Dataset(files, folder, manifest)
-
-
-def index_name(shard_name: str) -> str:
-    """shard-000000.tar -> shard-000000.index.safetensors."""
-    return shard_name.removesuffix(".tar") + ".index.safetensors"
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -1,9 +1,20 @@
 """What a sample in a shard is, and what the index knows of it: the contract between data_pipelines/ and training.
 
 A shard is a WebDataset tar. Sample KEY (`[A-Za-z0-9_/-]+`; webdataset cuts keys at the first dot) has one medium
-(KEY.mp4, .webm, .mkv, .mov, .jpg, .png, .webp, or KEY.latents.safetensors) and KEY.json, the ClipRecord; shards made
-elsewhere may have KEY.txt or a KEY.json of their own instead. Beside the tars lie `dataset.json` (DatasetManifest)
-and, per shard, NAME.index.safetensors: the IndexRows as columns (ShardTable), in the order of the tar.
+(KEY.mp4, .webm, .mkv, .mov, .jpg, .jpeg, .png, .webp, or KEY.latents.safetensors) and KEY.json, the ClipRecord; shards
+made elsewhere may have KEY.txt, a KEY.json of their own, or nothing but the medium.
+
+Pre-encoded members are safetensors with the identity of their encoder in the metadata (data.precomputed writes and
+reads them):
+
+    KEY.latents.safetensors   `latents` [C, T, H, W], float32, bfloat16 or float16, as the model takes them; metadata
+                              `encoder`, and `num_frames`, `height`, `width`, `fps` of the pixels they stand for
+    KEY.text.safetensors      `caption_0`, `caption_1`, ... [M, D], the rows of a text encoder for each caption, in the
+                              order of the captions; `empty` [M, D] for a dropped caption, if the encoder gives rows to
+                              an empty text; metadata `encoder`
+
+Beside the tars lie `dataset.json` (DatasetManifest), per shard NAME.index.safetensors (the IndexRows as columns, see
+ShardTable, in the order of the tar), and `index_rejects.jsonl`, which names what was left out and why.
 """
 
 import json
@@ -18,6 +29,8 @@ LATENT_SUFFIX = "latents.safetensors"  # pre-encoded, of a video or an image
 TEXT_SUFFIX = "text.safetensors"  # rows of a text encoder, for each caption
 # An index holds the place of a medium's suffix in here: new ones go to the end.
 MEDIA = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, LATENT_SUFFIX)
+MANIFEST_NAME = "dataset.json"
+REJECTS_NAME = "index_rejects.jsonl"
 
 
 class Origin(Enum):
@@ -92,14 +105,15 @@ class ClipRecord:
             )
             record = ClipRecord(captions=captions, source=Source(**values.pop("source")), **values)
             is_possible = min(record.num_frames, record.height, record.width) >= 1 and record.fps >= 0
-            int(record.source.sha256, 16)  # decides what is held out
+            if len(bytes.fromhex(record.source.sha256)) != 32:  # decides what is held out
+                raise ValueError(f"not a clip record: source sha256={record.source.sha256!r} is no SHA-256")
             if not is_possible or not all(isinstance(caption.text, str) for caption in captions):
                 raise ValueError(
                     f"not a clip record: {record.num_frames} frames of {record.height}x{record.width} at "
                     f"{record.fps} fps, captions {captions}"
                 )
             return record
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a clip record: {error!r}") from error
 
 
@@ -108,7 +122,7 @@ class CaptionEntry:
     """What planning needs of a caption; its text stays in the shard."""
 
     kind: str  # origin/style
-    num_bytes: int
+    num_bytes: int  # as read (data.caption_text); 0: nothing to train on, an empty text or one that is too long
 
 
 class CaptionsIn(Enum):
@@ -153,7 +167,14 @@ class ShardEntry:
     name: str  # "shard-000000.tar", relative to the data set's folder
     num_bytes: int
     sha256: str
-    num_samples: int
+    num_samples: int  # indexed
+    num_rejected: int = 0  # samples left out; indexed and rejected are all that the tar holds
+    index_sha256: str = ""  # of the index file: one of another version of the shard is noticed; empty: not checked
+
+    def __post_init__(self) -> None:
+        parts = self.name.split("/")
+        if not self.name.endswith(".tar") or {"", ".", ".."} & set(parts):
+            raise ValueError(f"shard {self.name!r} is no name of a tar inside the data set")
 
 
 @dataclass(frozen=True)
@@ -164,6 +185,8 @@ class DatasetManifest:
     # Identities of what made the pre-encoded latents and text rows; none where there are none.
     encoders: tuple[str, ...] = ()
     text_encoders: tuple[str, ...] = ()
+    # Fields of a foreign KEY.json that hold its caption; the first that is there counts.
+    caption_fields: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -171,9 +194,14 @@ class DatasetManifest:
         """In all shards together."""
         return sum(shard.num_samples for shard in self.shards)
 
+    @property
+    def num_rejected(self) -> int:
+        """Samples of the tars that no index holds."""
+        return sum(shard.num_rejected for shard in self.shards)
+
     def to_json(self) -> str:
         """The file, with totals for people to read."""
-        totals = {"shards": len(self.shards), "samples": self.num_samples}
+        totals = {"shards": len(self.shards), "samples": self.num_samples, "rejected": self.num_rejected}
         return json.dumps({**asdict(self), "totals": totals}, indent=1, sort_keys=True)
 
     @staticmethod
@@ -184,11 +212,20 @@ class DatasetManifest:
             values = json.loads(text)
             version = values["format_version"]
             if version == FORMAT_VERSION:
-                return DatasetManifest(
+                manifest = DatasetManifest(
                     shards=tuple(ShardEntry(**item) for item in values["shards"]),
                     encoders=tuple(values["encoders"]),
                     text_encoders=tuple(values["text_encoders"]),
+                    caption_fields=tuple(values["caption_fields"]),
                 )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+                if json.loads(manifest.to_json()) != values:
+                    raise ValueError("its totals are not the sums of its shards")
+                return manifest
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"dataset.json is damaged ({error!r}): {rebuild}") from error
         raise ValueError(f"dataset.json has format_version {version}, this code reads {FORMAT_VERSION}: {rebuild}")
+
+
+def index_name(shard_name: str) -> str:
+    """shard-000000.tar -> shard-000000.index.safetensors."""
+    return shard_name.removesuffix(".tar") + ".index.safetensors"
