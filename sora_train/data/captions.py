@@ -1,37 +1,104 @@
-"""Which caption of a clip is trained on, if any."""
+"""Which caption of a clip is trained on, if any, and the text that is made of it. Pure."""
 
-from itertools import accumulate
+import json
+import math
+import re
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from sora_train.config.data import CaptionConfig
 from sora_train.config.root import ConfigError
-from sora_train.data.schema import IndexRow
+from sora_train.data.schema import Caption, IndexRow, Style
 from sora_train.data.shard_table import KINDS
+
+# Longest text that is handed on: a text of megabytes, taken into a pack by accident, would cost more than its video.
+MAX_CHARACTERS = 16384
+# Line ends among them: a caption is one line. Halves of surrogate pairs have no UTF-8.
+NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_captions(config: CaptionConfig) -> None:
-    """Raises ConfigError for unknown kinds, negative weights or a dropout outside [0, 1]."""
-    for kind, weight in config.weights.items():
+    """Raises ConfigError for unknown kinds, negative weights, points out of order or shares outside [0, 1]."""
+    _check_weights("data.captions.weights", config.weights)
+    for number, point in enumerate(config.schedule):
+        name = f"data.captions.schedule[{number}]"
+        _check_weights(f"{name}.weights", point.weights)
+        if point.step < 0 or (number > 0 and point.step <= config.schedule[number - 1].step):
+            raise ConfigError(f"{name}.step={point.step}: choose 0 or more, and more than the point before it has")
+    for name in ("dropout", "field_dropout"):
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"data.captions.{name}={value} is no share: choose a number from 0 to 1")
+
+
+def _check_weights(name: str, weights: Mapping[str, float]) -> None:
+    for kind, weight in weights.items():
         if kind not in KINDS:
-            raise ConfigError(f"data.captions.weights names {kind!r}: the kinds are {', '.join(KINDS)}")
-        if weight < 0:
-            raise ConfigError(f"data.captions.weights gives {kind} {weight}: choose a weight >= 0")
-    if not 0 <= config.dropout <= 1:
-        raise ConfigError(f"data.captions.dropout={config.dropout} is no share: choose a number from 0 to 1")
+            raise ConfigError(f"{name} names {kind!r}: the kinds are {', '.join(KINDS)}")
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"{name} gives {kind} {weight}: choose a weight >= 0")
 
 
-def choose_caption(row: IndexRow, config: CaptionConfig, rng: np.random.Generator) -> int | None:
+def weights_at(config: CaptionConfig, step: int) -> Mapping[str, float]:
+    """The weight of each kind at a step: `weights`, or on the straight lines between the points of `schedule`."""
+    points = config.schedule
+    if not points:
+        return config.weights
+    for before, after in pairwise(points):
+        if before.step <= step < after.step:
+            share = (step - before.step) / (after.step - before.step)
+            kinds = before.weights | after.weights
+            return {
+                kind: (1 - share) * before.weights.get(kind, 0.0) + share * after.weights.get(kind, 0.0)
+                for kind in kinds
+            }
+    return points[0].weights if step < points[0].step else points[-1].weights
+
+
+def choose_caption(
+    row: IndexRow, weights: Mapping[str, float], dropout: float, rng: np.random.Generator
+) -> int | None:
     """Index into `row.captions`, or None for training without caption.
 
     A kind's weight is shared by the captions of that kind; kinds that a clip lacks are left out. A clip none of whose
     captions has weight takes any of them rather than none: dropout alone decides how often there is no caption.
     """
     drop, pick = rng.random(2)
-    if drop < config.dropout or not row.captions:
+    if drop < dropout or not row.captions:
         return None
     kinds = [caption.kind for caption in row.captions]
-    weights = [config.weights.get(kind, 0.0) / kinds.count(kind) for kind in kinds]
-    ends = list(accumulate(weights if sum(weights) > 0 else [1.0] * len(kinds)))
+    shares = [weights.get(kind, 0.0) / kinds.count(kind) for kind in kinds]
+    ends = list(accumulate(shares if sum(shares) > 0 else [1.0] * len(kinds)))
     # The first whose end lies beyond the draw; captions of weight 0 end where they begin and are never taken.
     return next(i for i, end in enumerate(ends) if pick * ends[-1] < end)
+
+
+def spoken(caption: Caption, config: CaptionConfig, rng: np.random.Generator) -> str:
+    """The text that is trained on: one line without control characters, of at most MAX_CHARACTERS.
+
+    A structured caption loses each of its fields with probability `field_dropout` (`rng` is that of
+    Purpose.caption_field); the rest is written as JSON again, in its order. One that is no JSON object is taken as it
+    is.
+    """
+    text = caption.text
+    if caption.style is Style.structured:
+        text = _without_some_fields(text, config.field_dropout, rng)
+    return NOT_TEXT.sub(" ", text[:MAX_CHARACTERS])
+
+
+def _without_some_fields(text: str, dropout: float, rng: np.random.Generator) -> str:
+    if len(text) > MAX_CHARACTERS:
+        return text
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict) or not values:
+            return text
+        keep, stays = rng.random(len(values)) >= dropout, int(rng.integers(len(values)))
+        kept = {
+            name: value for i, (name, value) in enumerate(values.items()) if keep[i] or (i == stays and not keep.any())
+        }
+        return json.dumps(kept, ensure_ascii=False)
+    except (ValueError, RecursionError):  # not JSON, or nested deeper than Python goes
+        return text

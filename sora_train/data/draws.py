@@ -2,9 +2,13 @@
 
 Counter based, so nothing is consumed in order: it does not matter which rank, worker or attempt computes a sample,
 and a resumed run draws what the first run drew (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+What a data set itself draws, its shuffles and the parts taken of its clips, has (epoch, place) for (step, index) and
+the data set's own `stream`: it stays the same whatever else is trained on beside it.
 """
 
 from enum import IntEnum
+from hashlib import sha256
 
 import numpy as np
 
@@ -20,9 +24,17 @@ class Purpose(IntEnum):
     noise = 2
     shard_order = 3
     clip_order = 4
+    caption_field = 5
+    clip_part = 6
 
 
-def generator(seed: int, step: int, index: int, purpose: Purpose) -> np.random.Generator:
-    """The generator of one sample (or, for the orders, of one epoch and window). Pure."""
+def generator(seed: int, step: int, index: int, purpose: Purpose, stream: int = 0) -> np.random.Generator:
+    """The generator of one sample (or, of a data set, of one epoch and window or clip). Pure."""
     # The lowest word of the counter is the one that counts up while drawing.
-    return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), 0], counter=[0, int(purpose), index, step]))
+    key = [seed & (2**64 - 1), stream]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, int(purpose), index, step]))
+
+
+def dataset_stream(name: str) -> int:
+    """The stream of a data set, by its name: another order of data sets in the config, or one more, changes none."""
+    return int.from_bytes(sha256(name.encode()).digest()[:8], "little")

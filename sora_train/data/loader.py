@@ -26,8 +26,7 @@ from sora_train.config.model import ModelConfig
 from sora_train.config.root import ConfigError
 from sora_train.cost.flops import step_flops, text_tokens
 from sora_train.data.clip import check_decoder
-from sora_train.data.index import open_dataset
-from sora_train.data.order import GlobalBatch, Order, PlannedSample
+from sora_train.data.order import GlobalBatch, Order, PlannedSample, open_datasets
 from sora_train.data.pack import FlatPack, Pack, PackReader
 from sora_train.data.packing import PackPlan, assign
 from sora_train.encoders.codec_shape import CodecShape
@@ -53,10 +52,10 @@ def build_loader(
         if value < least:
             raise ConfigError(f"data.{name}={value}: choose {least} or more")
     check_decoder()
-    dataset = open_dataset(config.shards)
-    order = Order(dataset, config, model, codec, seed)
+    order = Order(open_datasets(config), config, model, codec, seed)
+    order.refuse_over(config.max_tokens_per_pack, "data.max_tokens_per_pack")
     patch = (model.patch_height, model.patch_width)
-    reader = PackReader(dataset, timesteps, seed, order.stride, codec.channels, patch)
+    reader = PackReader(order.datasets, timesteps, seed, order.stride, codec.channels, patch)
     return Loader(order, reader, config, global_rank, world_size)
 
 

@@ -1,31 +1,33 @@
-"""Which clips make the global batch of a step: a pure function of (data set, config, seed, step).
+"""Which clips make the global batch of a step: a pure function of (data sets, config, seed, step).
 
-Think of one endless stream of tokens: all training clips of epoch 0 in a shuffled order, then those of epoch 1, and
-so on. Step k takes the clips whose first token lies in [k B, (k + 1) B), B = tokens_per_step. World size is no
-argument and nothing is remembered, so any number of ranks, at any time, sees the same batches.
+Each data set is an endless stream of tokens (shuffle.py) and gives its share of tokens_per_step: step k takes the
+clips whose first token lies between what was given before it and what is given by its end. World size is no argument
+and nothing is remembered, so any number of ranks, at any time, sees the same batches.
 
-The shuffle has two levels: shards are permuted, then the clips within each window of neighbouring shards. Totals by
-shard tell where a step begins without walking there.
+A stage (stages.py) changes shares or sizes from a step on. Every stream goes on from the clip it has come to, so that
+over all stages each clip is seen once an epoch.
 """
 
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sora_train.config.data import DataConfig
+from sora_train.config.data import DataConfig, Media, SizeConfig, dataset_configs
 from sora_train.config.model import ModelConfig
 from sora_train.config.root import ConfigError
-from sora_train.data.captions import check_captions, choose_caption
+from sora_train.data.captions import check_captions, choose_caption, weights_at
 from sora_train.data.draws import VALIDATION_STEP, Purpose, generator
-from sora_train.data.index import Dataset
+from sora_train.data.index import Dataset, open_dataset
 from sora_train.data.schema import IndexRow
-from sora_train.data.size import ClipSize, check_size, clip_size, token_stride
+from sora_train.data.selection import Selection, is_held_out
+from sora_train.data.shuffle import Shuffle, ShuffledClip
+from sora_train.data.size import ClipSize, clip_sizes, token_stride
+from sora_train.data.stages import Stage, build_stages
+from sora_train.data.totals import LongestClip, Rule, load_totals
 from sora_train.encoders.codec_shape import CodecShape
 
-# Shards whose clips are shuffled together: bounds the rows in memory, however large the data set.
-WINDOW_SHARDS = 16
+__all__ = ["GlobalBatch", "Order", "PlannedSample", "is_held_out", "open_datasets"]
 
 
 @dataclass(frozen=True)
@@ -61,134 +63,170 @@ class GlobalBatch:
         return sum(sample.num_tokens for sample in self.samples)
 
 
-@dataclass(frozen=True)
-class SizedRow:
-    """A row of the index under the size rule."""
-
-    shard: int
-    row: IndexRow
-    size: ClipSize
-    latent_shape: tuple[int, int, int, int]
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Window:
-    """The clips of some shards, shuffled together, and where the tokens of each begin in the window (and its end)."""
-
-    clips: tuple[SizedRow, ...]
-    starts: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The shards in the order of an epoch, and where the tokens of each window begin in the epoch (and its end)."""
-
-    shards: tuple[int, ...]
-    starts: NDArray[np.int64]
+def open_datasets(config: DataConfig) -> dict[str, Dataset]:
+    """The data sets of a run by name, in the order of the names. Raises ConfigError as `open_dataset` does."""
+    return {name: open_dataset(item.shards) for name, item in dataset_configs(config).items()}
 
 
 class Order:
     """Global batches by step. Holds totals and caches, no position.
 
+    Args:
+        datasets: those of the config, by name; see `open_datasets`.
+
     Raises:
-        ConfigError: nothing to train on, or a clip that no pack or step can hold, by name.
+        ConfigError: nothing to train on, a clip that no step can hold, by name, or settings that cannot work.
     """
 
-    def __init__(self, dataset: Dataset, config: DataConfig, model: ModelConfig, codec: CodecShape, seed: int) -> None:
-        check_size(config.size)
+    def __init__(
+        self, datasets: Mapping[str, Dataset], config: DataConfig, model: ModelConfig, codec: CodecShape, seed: int
+    ) -> None:
         check_captions(config.captions)
-        self.dataset, self.config, self.model, self.codec, self.seed = dataset, config, model, codec, seed
+        self.stages = build_stages(config)
+        self.config, self.model, self.codec, self.seed = config, model, codec, seed
         self.stride = token_stride(model, codec)
-        self._window = lru_cache(maxsize=4)(self._load_window)
-        self._epoch = lru_cache(maxsize=2)(self._load_epoch)
-        self.shard_tokens = np.zeros(len(dataset.manifest.shards), dtype=np.int64)
-        self.num_clips = 0
-        for shard in range(len(self.shard_tokens)):
-            clips = self._shard_clips(shard)
-            # Held-out clips as well: the first validation would be late to say so.
-            self._check_fits(clips + self._shard_clips(shard, held_out=True))
-            self.shard_tokens[shard] = sum(clip.num_tokens for clip in clips)
-            self.num_clips += len(clips)
-        self.epoch_tokens = int(self.shard_tokens.sum())
-        if self.epoch_tokens == 0:
-            raise ConfigError(
-                f"data.shards={config.shards} holds no clip outside the held-out sources: "
-                f"lower data.held_out_fraction={config.held_out_fraction} or curate more clips"
-            )
+        items = dataset_configs(config)
+        self.names = tuple(items)
+        # A sample's `dataset` is a number in here.
+        self.datasets = tuple(datasets[name] for name in items)
+        self._selections = tuple(Selection(config.held_out_fraction, item.media) for item in items.values())
+        # By data set and size rule.
+        self.shuffles: dict[tuple[int, SizeConfig], Shuffle] = {}
+        for stage in self.stages:
+            for number in stage.used:
+                if (number, stage.size) not in self.shuffles:
+                    self.shuffles[number, stage.size] = self._build_shuffle(number, stage.size)
+        self.longest = tuple(self._longest(stage) for stage in self.stages)
+        self._check_steps()
+        self._positions = lru_cache(maxsize=None)(self._start_positions)
 
     def batch(self, step: int) -> GlobalBatch:
-        """The global batch of a step; never empty."""
-        position = step * self.config.tokens_per_step
-        end = position + self.config.tokens_per_step
+        """The global batch of a step; never empty. Data set after data set, each in its own order."""
+        number = bisect_right(self.stages, step, key=lambda stage: stage.start_step) - 1
+        stage, positions = self.stages[number], self._positions(number)
+        begins = stage.tokens_after(step - stage.start_step)
+        ends = stage.tokens_after(step + 1 - stage.start_step)
+        weights = weights_at(self.config.captions, step)
         samples: list[PlannedSample] = []
-        while position < end:
-            # The first clip that begins at or after `position`, and those behind it in the same window.
-            epoch_number, offset = divmod(position, self.epoch_tokens)
-            epoch = self._epoch(epoch_number)
-            number = int(np.searchsorted(epoch.starts, offset, side="right")) - 1
-            window = self._window(epoch_number, number)
-            window_start = epoch_number * self.epoch_tokens + int(epoch.starts[number])
-            first, last = np.searchsorted(window.starts[:-1], [position - window_start, end - window_start])
-            for clip in window.clips[first:last]:
-                samples.append(self._plan(step, len(samples), clip))
-            position = window_start + int(window.starts[-1])
+        for dataset in stage.used:
+            _, start = positions[dataset]
+            shuffle = self.shuffles[dataset, stage.size]
+            for clip in shuffle.clips(start + begins[dataset], start + ends[dataset]):
+                samples.append(self._plan(step, len(samples), dataset, clip, weights))
         return GlobalBatch(step, tuple(samples))
 
     def validation_samples(self, count: int) -> tuple[PlannedSample, ...]:
-        """The first `count` held-out clips, fewer if there are fewer, with draws that never change."""
+        """The first `count` held-out clips, of the data sets in turn, fewer if there are fewer.
+
+        Their draws and sizes never change: the middle of each clip, at the size of the last stage that takes its data
+        set, which is what the run comes to.
+        """
+        weights = weights_at(self.config.captions, VALIDATION_STEP)
+        streams = [(number, self._held_out(number)) for number in range(len(self.datasets))]
         samples: list[PlannedSample] = []
-        for shard in range(len(self.shard_tokens)):
-            for clip in self._shard_clips(shard, held_out=True):
-                if len(samples) == count:
-                    return tuple(samples)
-                samples.append(self._plan(VALIDATION_STEP, len(samples), clip))
+        while streams and len(samples) < count:
+            number, stream = streams.pop(0)
+            clip = next(stream, None)
+            if clip is not None:
+                samples.append(self._plan(VALIDATION_STEP, len(samples), number, clip, weights))
+                streams.append((number, stream))
         return tuple(samples)
 
-    def _plan(self, step: int, index: int, clip: SizedRow) -> PlannedSample:
-        caption = choose_caption(clip.row, self.config.captions, generator(self.seed, step, index, Purpose.caption))
+    def refuse_over(self, limit: int, setting: str) -> None:
+        """Raises ConfigError when a clip of any stage has more tokens than `limit`, which `setting` names."""
+        for stage, longest in zip(self.stages, self.longest, strict=True):
+            _refuse_over(longest, limit, setting, stage)
+
+    def _plan(
+        self, step: int, index: int, dataset: int, clip: ShuffledClip, weights: Mapping[str, float]
+    ) -> PlannedSample:
+        size = clip.size
         return PlannedSample(
-            step, index, 0, clip.shard, clip.row, clip.size, clip.latent_shape, clip.num_tokens, caption
+            step=step,
+            index=index,
+            dataset=dataset,
+            shard=clip.shard,
+            row=clip.row,
+            size=size,
+            latent_shape=self.codec.latent_shape(size.num_frames, size.height, size.width),
+            num_tokens=clip.num_tokens,
+            caption=choose_caption(
+                clip.row, weights, self.config.captions.dropout, generator(self.seed, step, index, Purpose.caption)
+            ),
         )
 
-    def _shard_clips(self, shard: int, held_out: bool = False) -> list[SizedRow]:
-        clips = []
-        for row in self.dataset.table(shard).rows():
-            if is_held_out(row.source_sha256, self.config.held_out_fraction) is held_out:
-                size = clip_size(row, self.config.size, self.stride)
-                shape = self.codec.latent_shape(size.num_frames, size.height, size.width)
-                tokens = shape[1] * (shape[2] // self.model.patch_height) * (shape[3] // self.model.patch_width)
-                clips.append(SizedRow(shard, row, size, shape, tokens))
-        return clips
+    def _held_out(self, number: int) -> Iterator[ShuffledClip]:
+        sizes = [stage.size for stage in self.stages if number in stage.used]
+        if not sizes:
+            return
+        shuffle = self.shuffles[number, sizes[-1]]
+        for shard in shuffle.totals.held_out.nonzero()[0]:
+            table = self.datasets[number].table(int(shard))
+            columns = clip_sizes(table, shuffle.rule.size, shuffle.rule.stride)
+            for i in shuffle.rule.selection.held_out(table):
+                yield ShuffledClip(int(shard), table.row(int(i)), columns.clip(i), int(columns.num_tokens[i]))
 
-    def _check_fits(self, clips: list[SizedRow]) -> None:
-        for name in ("max_tokens_per_pack", "tokens_per_step"):
-            limit = getattr(self.config, name)
-            for clip in clips:
-                if clip.num_tokens > limit:
-                    shard = self.dataset.manifest.shards[clip.shard].name
-                    raise ConfigError(
-                        f"clip {clip.row.key} of {shard} has {clip.num_tokens} tokens "
-                        f"({clip.size.num_frames} frames of {clip.size.height}x{clip.size.width}), over "
-                        f"data.{name}={limit}: raise it, or lower data.size.max_pixels or max_frames"
-                    )
+    def _start_positions(self, stage_number: int) -> tuple[tuple[SizeConfig | None, int], ...]:
+        """How far each data set has come when a stage begins, in tokens under the size rule that it was last used by.
 
-    def _load_epoch(self, epoch: int) -> Epoch:
-        permutation = generator(self.seed, 0, epoch, Purpose.shard_order).permutation(len(self.shard_tokens))
-        ends = np.cumsum(self.shard_tokens[permutation])
-        # A window ends with its last shard; the last window may be short.
-        lasts = np.append(np.arange(WINDOW_SHARDS - 1, len(ends) - 1, WINDOW_SHARDS), len(ends) - 1)
-        return Epoch(tuple(int(shard) for shard in permutation), np.concatenate([[0], ends[lasts]]))
+        One that goes on under another rule goes on from the same clip.
+        """
+        stage = self.stages[stage_number]
+        if stage_number == 0:
+            before: tuple[tuple[SizeConfig | None, int], ...] = ((None, 0),) * len(self.datasets)
+        else:
+            previous = self.stages[stage_number - 1]
+            given = previous.tokens_after(stage.start_step - previous.start_step)
+            before = tuple(
+                (size, start + given[number])
+                for number, (size, start) in enumerate(self._positions(stage_number - 1))
+            )
+        positions = list(before)
+        for number in stage.used:
+            size, position = before[number]
+            if size not in (None, stage.size):
+                place = self.shuffles[number, size].place(position)
+                position = self.shuffles[number, stage.size].position(place)
+            positions[number] = (stage.size, position)
+        return tuple(positions)
 
-    def _load_window(self, epoch: int, number: int) -> Window:
-        shards = self._epoch(epoch).shards[number * WINDOW_SHARDS : (number + 1) * WINDOW_SHARDS]
-        clips = [clip for shard in shards for clip in self._shard_clips(shard)]
-        permutation = generator(self.seed, number, epoch, Purpose.clip_order).permutation(len(clips))
-        shuffled = tuple(clips[i] for i in permutation)
-        lengths = np.array([0, *(clip.num_tokens for clip in shuffled)], dtype=np.int64)
-        return Window(shuffled, np.cumsum(lengths))
+    def _build_shuffle(self, number: int, size: SizeConfig) -> Shuffle:
+        dataset, name, selection = self.datasets[number], self.names[number], self._selections[number]
+        rule = Rule(size, self.stride, selection)
+        shuffle = Shuffle(dataset, name, rule, load_totals(dataset, rule, self.config.cache_dir), self.seed)
+        if shuffle.epoch_tokens == 0:
+            where = f"data.shards={self.config.shards}" if self.config.shards else f"data.datasets.{name}"
+            what = "clip" if selection.media is Media.any else selection.media.value
+            raise ConfigError(
+                f"{where} holds no {what} outside the held-out sources: "
+                f"lower data.held_out_fraction={self.config.held_out_fraction} or curate more clips"
+            )
+        return shuffle
+
+    def _longest(self, stage: Stage) -> LongestClip:
+        clips = [self.shuffles[number, stage.size].totals.longest for number in stage.used]
+        return max((clip for clip in clips if clip is not None), key=lambda clip: clip.num_tokens)
+
+    def _check_steps(self) -> None:
+        """No clip over a step; and one data set at least gives every step a clip, so that none is empty."""
+        for stage, longest in zip(self.stages, self.longest, strict=True):
+            _refuse_over(longest, stage.tokens_per_step, f"{stage.name}.tokens_per_step", stage)
+            shares = [
+                stage.tokens_per_step * weight // sum(stage.weights) - (len(stage.used) > 1)
+                for weight in stage.weights
+            ]
+            clips = {number: self.shuffles[number, stage.size].totals.longest for number in stage.used}
+            if not any(clip and clip.num_tokens <= shares[number] for number, clip in clips.items()):
+                raise ConfigError(
+                    f"{stage.name}.tokens_per_step={stage.tokens_per_step} gives no data set a share that holds its "
+                    f"longest clip ({longest.num_tokens} tokens), so that steps could be empty: raise it"
+                )
 
 
-def is_held_out(source_sha256: str, fraction: float) -> bool:
-    """Whether a source is kept for validation: by the hash of the source, so that its clips stay together."""
-    return int(source_sha256[:13], 16) < fraction * 16**13
+def _refuse_over(clip: LongestClip, limit: int, setting: str, stage: Stage) -> None:
+    if clip.num_tokens > limit:
+        raise ConfigError(
+            f"clip {clip.key} of {clip.shard} has {clip.num_tokens} tokens ({clip.num_frames} frames of "
+            f"{clip.height}x{clip.width}), over {setting}={limit}: raise it, or lower {stage.name}.size.max_pixels or "
+            "max_frames"
+        )

@@ -90,7 +90,7 @@ class FlatPack:
 class PackReader:
     """Turns plans into packs; holds all that a worker needs and travels to it by pickle."""
 
-    dataset: Dataset
+    datasets: tuple[Dataset, ...]  # by PlannedSample.dataset
     timesteps: TimestepConfig
     seed: int
     stride: Stride
@@ -114,7 +114,7 @@ class PackReader:
                     caption, pixels = self._read_caption(sample), self._read_frames(sample)
                 except (DecodeError, OSError, ValueError) as error:
                     reason = error.reason if isinstance(error, DecodeError) else "read"
-                    shard = self.dataset.manifest.shards[sample.shard].name
+                    shard = self.datasets[sample.dataset].manifest.shards[sample.shard].name
                     failures.append(Failure(sample.row.key, shard, reason))
                     weight = 0.0
             size = sample.size
@@ -148,13 +148,15 @@ class PackReader:
 
     def _read_frames(self, sample: PlannedSample) -> Frames:
         row = sample.row
-        return decode_clip(self.dataset.read(sample.shard, row.medium_offset, row.medium_size), row, sample.size)
+        data = self.datasets[sample.dataset].read(sample.shard, row.medium_offset, row.medium_size)
+        return decode_clip(data, row, sample.size)
 
     def _read_caption(self, sample: PlannedSample) -> str:
         if sample.caption is None:
             return ""
         row = sample.row
-        record = ClipRecord.from_json(self.dataset.read(sample.shard, row.record_offset, row.record_size))
+        data = self.datasets[sample.dataset].read(sample.shard, row.record_offset, row.record_size)
+        record = ClipRecord.from_json(data)
         if len(record.captions) != len(row.captions):
             raise ValueError(f"{row.key} has {len(record.captions)} captions, the index says {len(row.captions)}")
         return record.captions[sample.caption].text

@@ -1,12 +1,19 @@
-"""The native size rule: at which size and rate a clip is trained on, and which of its frames. Pure."""
+"""The native size rule: at which size and rate a clip is trained on, and which of its frames. Pure.
+
+Written once, over columns: a whole shard is sized by array arithmetic, and one row as a shard of one.
+"""
 
 import math
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sora_train.config.data import SizeConfig
 from sora_train.config.model import ModelConfig
 from sora_train.config.root import ConfigError
 from sora_train.data.schema import IndexRow
+from sora_train.data.shard_table import Numbers, ShardTable
 from sora_train.encoders.codec_shape import CodecShape
 
 # Rates and ratios are floats from containers: 15.999999 frames are 16.
@@ -20,11 +27,19 @@ class Stride:
     frames: int
     height: int
     width: int
+    # Of the latents that one token is made of. Pre-encoded clips must have as many channels, and whole patches.
+    channels: int = 0
+    patch_height: int = 1
+    patch_width: int = 1
 
 
 @dataclass(frozen=True)
 class ClipSize:
-    """What becomes of a clip: frames first_frame + i * frame_step, scaled, then cropped in the middle."""
+    """What becomes of a clip: frames first_frame + i * frame_step, scaled, then cropped in the middle.
+
+    Where the rate varies, frames are counted in nominal ones of 1 / row.fps seconds. Of a pre-encoded clip the leading
+    latent frames are taken, neither scaled nor cropped.
+    """
 
     num_frames: int
     height: int
@@ -41,6 +56,45 @@ class ClipSize:
         return [self.first_frame + math.floor(i * self.frame_step + 0.5 - TOLERANCE) for i in range(self.num_frames)]
 
 
+@dataclass(frozen=True)
+class ClipSizes:
+    """The sizes of n clips as columns."""
+
+    num_frames: Numbers
+    height: Numbers
+    width: Numbers
+    scaled_height: Numbers
+    scaled_width: Numbers
+    frame_step: NDArray[np.float64]
+    spare_frames: Numbers  # the clip may begin at source frames 0 to this
+    num_tokens: Numbers  # 0: cannot be trained on
+
+    def take(self, indices: NDArray[np.int64]) -> "ClipSizes":
+        """The sizes of some of them, in the order of `indices`."""
+        return ClipSizes(*(getattr(self, name)[indices] for name in COLUMNS))
+
+    def clip(self, i: int, part: float | None = None) -> ClipSize:
+        """The size of clip i. `part` in [0, 1) says which part of a longer one is taken; None: the middle."""
+        spare = int(self.spare_frames[i])
+        return ClipSize(
+            int(self.num_frames[i]),
+            int(self.height[i]),
+            int(self.width[i]),
+            int(self.scaled_height[i]),
+            int(self.scaled_width[i]),
+            spare // 2 if part is None else min(int(part * (spare + 1)), spare),
+            float(self.frame_step[i]),
+        )
+
+
+COLUMNS = tuple(ClipSizes.__dataclass_fields__)
+
+
+def concatenate(parts: list[ClipSizes]) -> ClipSizes:
+    """The clips of several shards, end to end."""
+    return ClipSizes(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
+
+
 def token_stride(model: ModelConfig, codec: CodecShape) -> Stride:
     """What one token covers. Raises ConfigError for patches over several latent frames and for another codec."""
     if model.patch_frames != 1:
@@ -51,40 +105,98 @@ def token_stride(model: ModelConfig, codec: CodecShape) -> Stride:
             f"model.in_channels={model.in_channels} but the codec's latents have {codec.channels}: make them equal"
         )
     return Stride(
-        codec.temporal_ratio, codec.spatial_ratio * model.patch_height, codec.spatial_ratio * model.patch_width
+        codec.temporal_ratio,
+        codec.spatial_ratio * model.patch_height,
+        codec.spatial_ratio * model.patch_width,
+        codec.channels,
+        model.patch_height,
+        model.patch_width,
     )
 
 
-def clip_size(row: IndexRow, config: SizeConfig, stride: Stride) -> ClipSize:
-    """Aspect kept, never enlarged, at most max_pixels and max_frames, in whole tokens; the middle of what is longer.
+def clip_sizes(table: ShardTable, config: SizeConfig, stride: Stride) -> ClipSizes:
+    """Aspect kept, never enlarged, at most max_pixels and max_frames, in whole tokens; `num_tokens` 0 where less than
+    one token is left, or where latents do not fit the codec and the patches."""
+    facts = (table.num_frames, table.fps, table.height, table.width, table.latent_shape, table.is_latent)
+    return _sizes(*facts, config, stride)
+
+
+def _sizes(
+    source_frames: Numbers,
+    fps: NDArray[np.float64],
+    source_height: Numbers,
+    source_width: Numbers,
+    latent_shape: Numbers,
+    is_latent: NDArray[np.bool_],
+    config: SizeConfig,
+    stride: Stride,
+) -> ClipSizes:
+    pixels = np.maximum(source_height * source_width, 1)
+    scale = np.minimum(1.0, np.sqrt(config.max_pixels / pixels))
+    scaled_height = _whole(source_height * scale)
+    scaled_width = _whole(source_width * scale)
+    height, width = scaled_height // stride.height * stride.height, scaled_width // stride.width * stride.width
+    frame_step = np.maximum(1.0, fps / config.sampling_fps)
+    sampled = np.minimum(_whole((source_frames - 1) / frame_step) + 1, config.max_frames)
+    num_frames = 1 + (sampled - 1) // stride.frames * stride.frames
+    spare = np.maximum(_whole((source_frames - 1) - (num_frames - 1) * frame_step), 0)
+    if is_latent.any():
+        channels, frames, rows, columns = latent_shape.T
+        fits = (channels == stride.channels) & (rows % stride.patch_height == 0) & (columns % stride.patch_width == 0)
+        longest = 1 + (config.max_frames - 1) // stride.frames
+        # Of a causal codec: the leading latents stand for the leading frames, whatever follows.
+        num_frames = np.where(is_latent, 1 + (np.minimum(frames, longest) - 1) * stride.frames, num_frames)
+        height = np.where(is_latent, rows * fits * (stride.height // stride.patch_height), height)
+        width = np.where(is_latent, columns * fits * (stride.width // stride.patch_width), width)
+        scaled_height, scaled_width = np.where(is_latent, (height, width), (scaled_height, scaled_width))
+        frame_step, spare = np.where(is_latent, 1.0, frame_step), np.where(is_latent, 0, spare)
+    frames = np.maximum(1 + (num_frames - 1) // stride.frames, 0)
+    num_tokens = frames * (height // stride.height) * (width // stride.width)
+    return ClipSizes(num_frames, height, width, scaled_height, scaled_width, frame_step, spare, num_tokens)
+
+
+def _whole(values: NDArray[np.float64]) -> Numbers:
+    return np.floor(values + TOLERANCE).astype(np.int64)
+
+
+def clip_size(row: IndexRow, config: SizeConfig, stride: Stride, part: float | None = None) -> ClipSize:
+    """The size of one clip, see `clip_sizes`; `part` in [0, 1) of what is longer, None: the middle.
 
     Raises:
-        ConfigError: less than one token is left of the clip.
+        ConfigError: it cannot be trained on.
     """
-    scale = min(1.0, math.sqrt(config.max_pixels / (row.height * row.width)))
-    scaled_height = math.floor(row.height * scale + TOLERANCE)
-    scaled_width = math.floor(row.width * scale + TOLERANCE)
-    height, width = scaled_height // stride.height * stride.height, scaled_width // stride.width * stride.width
-    frame_step = max(1.0, row.fps / config.sampling_fps)
-    sampled = min(math.floor((row.num_frames - 1) / frame_step + TOLERANCE) + 1, config.max_frames)
-    if height == 0 or width == 0 or sampled < 1:
-        raise ConfigError(
+    sizes = _sizes(
+        np.array([row.num_frames]),
+        np.array([row.fps]),
+        np.array([row.height]),
+        np.array([row.width]),
+        np.array([row.latent_shape or (0, 0, 0, 0)]),
+        np.array([row.latent_shape is not None]),
+        config,
+        stride,
+    )
+    if sizes.num_tokens[0] == 0:
+        raise does_not_fit(row, stride)
+    return sizes.clip(0, part)
+
+
+def does_not_fit(row: IndexRow, stride: Stride) -> ConfigError:
+    """The error that names a clip of no tokens."""
+    if row.latent_shape is None:
+        return ConfigError(
             f"clip {row.key} ({row.num_frames} frames of {row.height}x{row.width}) is smaller than one token "
             f"({stride.height}x{stride.width}) under data.size: leave it out or raise data.size.max_pixels"
         )
-    num_frames = 1 + (sampled - 1) // stride.frames * stride.frames
-    spare = (row.num_frames - 1) - (num_frames - 1) * frame_step
-    return ClipSize(
-        num_frames, height, width, scaled_height, scaled_width, math.floor(spare / 2 + TOLERANCE), frame_step
+    shape = "x".join(str(length) for length in row.latent_shape)
+    return ConfigError(
+        f"clip {row.key} has latents of {shape} (channels, frames, height, width): the codec's have {stride.channels} "
+        f"channels, and patches take multiples of {stride.patch_height}x{stride.patch_width}: encode it again"
     )
 
 
-def check_size(config: SizeConfig) -> None:
+def check_size(config: SizeConfig, name: str = "data.size") -> None:
     """Raises ConfigError for budgets that fit nothing."""
-    for name, value in (
-        ("max_pixels", config.max_pixels),
-        ("max_frames", config.max_frames),
-        ("sampling_fps", config.sampling_fps),
-    ):
-        if value <= 0:
-            raise ConfigError(f"data.size.{name}={value} fits no clip: choose a positive number")
+    for field in ("max_pixels", "max_frames", "sampling_fps"):
+        value = getattr(config, field)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}.{field}={value} fits no clip: choose a positive number")

@@ -12,9 +12,11 @@ from typing import Any
 import fsspec
 from omegaconf import OmegaConf
 
+from sora_train.config.data import DataConfig, dataset_configs
 from sora_train.config.limits import check_limits
 from sora_train.config.root import ConfigError, TrainConfig, known_keys, save_config
-from sora_train.data.index import open_dataset
+from sora_train.data.order import open_datasets
+from sora_train.data.stages import build_stages
 from sora_train.distributed.collectives import barrier
 from sora_train.distributed.topology import World
 from sora_train.encoders.video_codec import codec_shape
@@ -34,6 +36,7 @@ FREE_TO_CHANGE = (
     "threads",
     "allow_changes",
     "data.shards",  # may have moved; the fingerprint tells whether it is the same data
+    "data.cache_dir",
     "data.workers",
     "data.read_ahead",
     "data.max_bad_share",
@@ -59,16 +62,19 @@ def facts(config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint says about where it comes from."""
     return {
         "config": resolved(config),
-        "data_sha256": data_fingerprint(config.data.shards),
+        "data_sha256": data_fingerprints(config.data),
         "versions": {name: version(name) for name in ("sora_train", "torch", "deepspeed", "webdataset")},
         "code": code_fingerprint(),
     }
 
 
-def data_fingerprint(shards: str) -> str:
-    """SHA-256 of dataset.json, which holds those of all shards."""
-    with fsspec.open(f"{shards.rstrip('/')}/dataset.json", "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+def data_fingerprints(config: DataConfig) -> dict[str, str]:
+    """Of each data set the SHA-256 of dataset.json, which holds those of all shards."""
+    fingerprints = {}
+    for name, item in dataset_configs(config).items():
+        with fsspec.open(f"{item.shards.rstrip('/')}/dataset.json", "rb") as file:
+            fingerprints[name] = hashlib.sha256(file.read()).hexdigest()
+    return fingerprints
 
 
 def code_fingerprint() -> str:
@@ -97,7 +103,8 @@ def check(config: TrainConfig) -> dict[str, Any]:
             )
     check_sizes(validation_requests(config), config.model, codec_shape(config.codec))
     check_run_dir(Path(config.run_dir))
-    open_dataset(config.data.shards)
+    build_stages(config.data)
+    open_datasets(config.data)
     new_facts = facts(config)
     check_continuation(config, new_facts)
     return new_facts
@@ -145,16 +152,21 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
     if old_facts is not None:
         old, new = flatten(old_facts["config"]), flatten(new_facts["config"])
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        refused = [key for key in changed if not key.startswith((*FREE_TO_CHANGE, *config.allow_changes))]
+        free = (*FREE_TO_CHANGE, *(f"data.datasets.{name}.shards" for name in old_facts["data_sha256"]))
+        refused = [key for key in changed if not key.startswith((*free, *config.allow_changes))]
         if refused:
             difference = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in refused)
             raise ConfigError(
                 f"{config.run_dir} was trained with other settings ({difference}): choose another run_dir, or pass "
                 f"allow_changes=[{','.join(refused)}] to go on with the new ones"
             )
-        if old_facts["data_sha256"] != new_facts["data_sha256"] and "data" not in config.allow_changes:
+        # A data set that was not there before is one of the changed settings.
+        fingerprints = new_facts["data_sha256"]
+        others = [name for name, sha256 in old_facts["data_sha256"].items() if fingerprints.get(name) != sha256]
+        if others and "data" not in config.allow_changes:
+            what = f"data.shards={config.data.shards}" if config.data.shards else f"data.datasets: {', '.join(others)}"
             raise ConfigError(
-                f"data.shards={config.data.shards} holds other data than {config.run_dir} was trained on: "
+                f"{what} holds other data than {config.run_dir} was trained on: "
                 "choose another run_dir, or pass allow_changes=[data] to go on with it"
             )
 

@@ -10,7 +10,8 @@ from corpus import CODEC, MODEL, data_config
 
 from sora_train.config.diffusion import TimestepConfig
 from sora_train.config.root import ConfigError
-from sora_train.data.index import open_dataset, write_index
+from sora_train.data.index import open_dataset
+from sora_train.data.index_writer import write_index
 from sora_train.data.loader import Loader, Pack, build_loader
 
 
@@ -139,6 +140,6 @@ def test_settings_that_cannot_work_are_named(shards: Path, tmp_path: Path) -> No
     shutil.copytree(shards, tmp_path / "shards")
     (tmp_path / "shards" / "shard-000003.tar").unlink()
     with pytest.raises(ConfigError, match=r"lacks shard-000003\.tar"):
-        loader_of(tmp_path / "shards")
+        loader_of(tmp_path / "shards", cache_dir=str(tmp_path))
     write_index(tmp_path / "shards")
-    loader_of(tmp_path / "shards")
+    loader_of(tmp_path / "shards", cache_dir=str(tmp_path))

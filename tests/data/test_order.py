@@ -1,64 +1,43 @@
 from collections import Counter
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpus import CODEC, MODEL, data_config
+from simulated import Simulated
 
 from sora_train.config.data import CaptionConfig, DataConfig, SizeConfig
 from sora_train.config.root import ConfigError
 from sora_train.data.captions import choose_caption
 from sora_train.data.draws import Purpose, generator
 from sora_train.data.index import open_dataset
-from sora_train.data.order import Order, is_held_out
-from sora_train.data.schema import CaptionEntry, DatasetManifest, IndexRow, ShardEntry
+from sora_train.data.order import Order
+from sora_train.data.selection import are_held_out, is_held_out
 from sora_train.data.shard_table import ShardTable
-
-
-class Rows:
-    """Stands for a data set of many shards, without tars."""
-
-    def __init__(self, num_shards: int, clips_per_shard: int) -> None:
-        self.manifest = DatasetManifest(
-            tuple(ShardEntry(f"s{i}.tar", 0, "", clips_per_shard) for i in range(num_shards))
-        )
-        draw = np.random.default_rng(0)
-        self.sizes = draw.choice([1, 5, 9, 17], size=(num_shards, clips_per_shard))
-        self.loads: list[int] = []
-
-    def table(self, shard: int) -> ShardTable:
-        self.loads.append(shard)
-        return ShardTable.from_rows(self.rows(shard))
-
-    def rows(self, shard: int) -> tuple[IndexRow, ...]:
-        captions = (CaptionEntry("original/short", 5), CaptionEntry("recaption/short", 20))
-        return tuple(
-            IndexRow(
-                f"{shard}-{i}", "mp4", 0, 0, int(frames), 8.0, 64, 64, 1.0,
-                sha256(f"{shard}-{i // 2}".encode()).hexdigest(), captions,
-            )
-            for i, frames in enumerate(self.sizes[shard])
-        )  # fmt: skip
 
 
 def build_order(num_shards: int = 40, seed: int = 0, **changes: object) -> Order:
     config: DataConfig = replace(data_config(Path("unused")), **changes)  # type: ignore[arg-type]
-    return Order(Rows(num_shards, 12), config, MODEL, CODEC, seed)  # type: ignore[arg-type]
+    return Order({"main": Simulated(num_shards, 12)}, config, MODEL, CODEC, seed)  # type: ignore[dict-item]
+
+
+def num_clips(order: Order, dataset: int = 0) -> int:
+    """Clips of an epoch."""
+    return int(order.shuffles[dataset, order.config.size].totals.clips.sum())
 
 
 def test_every_training_clip_is_seen_exactly_once_an_epoch() -> None:
     order = build_order()
     seen: list[str] = []
     step = 0
-    while len(seen) < 3 * order.num_clips:
+    while len(seen) < 3 * num_clips(order):
         seen += [sample.row.key for sample in order.batch(step).samples]
         step += 1
-    epochs = [seen[i * order.num_clips : (i + 1) * order.num_clips] for i in range(3)]
+    epochs = [seen[i * num_clips(order) : (i + 1) * num_clips(order)] for i in range(3)]
     for epoch in epochs:
         assert set(Counter(epoch).values()) == {1}
-        assert len(epoch) == order.num_clips
+        assert len(epoch) == num_clips(order)
     assert epochs[0] != epochs[1]
     assert epochs[0] != sorted(epochs[0])
 
@@ -74,9 +53,10 @@ def test_batches_do_not_depend_on_what_was_asked_before() -> None:
 
 def test_a_far_step_costs_what_a_near_one_does() -> None:
     order = build_order(num_shards=200)
-    order.dataset.loads.clear()  # type: ignore[attr-defined]
+    loads = order.datasets[0].loads  # type: ignore[attr-defined]
+    loads.clear()
     assert order.batch(10**9).samples
-    assert len(order.dataset.loads) <= 32  # type: ignore[attr-defined]  # two windows
+    assert len(loads) <= 2 * 128  # two windows
 
 
 def test_tokens_of_a_step_are_constant_to_within_a_clip() -> None:
@@ -91,7 +71,7 @@ def test_held_out_sources_are_never_trained_on_and_stay_the_same() -> None:
     held = order.validation_samples(10**6)
     trained = {sample.row.source_sha256 for step in range(150) for sample in order.batch(step).samples}
     assert 10 < len(held) < 100
-    assert len(held) + order.num_clips == 40 * 12
+    assert len(held) + num_clips(order) == 40 * 12
     assert not trained & {sample.row.source_sha256 for sample in held}
     assert all(is_held_out(sample.row.source_sha256, 0.1) for sample in held)
     assert order.validation_samples(5) == held[:5] == build_order().validation_samples(5)
@@ -100,37 +80,36 @@ def test_held_out_sources_are_never_trained_on_and_stay_the_same() -> None:
 def test_what_cannot_be_trained_on_is_refused_by_name(shards: Path) -> None:
     dataset = open_dataset(shards)
     config = data_config(shards)
+    clip = r"clip clip\d+ of shard-\d+.tar has \d+ tokens .*"
     cases = {
-        r"clip clip\d+ of shard-\d+.tar has \d+ tokens .* over data.max_tokens_per_pack=300": replace(
-            config, max_tokens_per_pack=300
-        ),
-        r"over data.tokens_per_step=300": replace(config, tokens_per_step=300),
+        rf"{clip} over data.tokens_per_step=300": replace(config, tokens_per_step=300),
         "holds no clip outside the held-out": replace(config, held_out_fraction=1.0),
         "the kinds are": replace(config, captions=CaptionConfig(weights={"recaption/shrt": 1.0})),
     }
     for message, wrong in cases.items():
         with pytest.raises(ConfigError, match=message):
-            Order(dataset, wrong, MODEL, CODEC, 0)
+            Order({"main": dataset}, wrong, MODEL, CODEC, 0)
+    order = Order({"main": dataset}, config, MODEL, CODEC, 0)
+    with pytest.raises(ConfigError, match=rf"{clip} over data.max_tokens_per_pack=300"):
+        order.refuse_over(300, "data.max_tokens_per_pack")
     with pytest.raises(ConfigError, match="patch_frames"):
-        Order(dataset, config, replace(MODEL, patch_frames=2), CODEC, 0)
+        Order({"main": dataset}, config, replace(MODEL, patch_frames=2), CODEC, 0)
     with pytest.raises(ConfigError, match="in_channels"):
-        Order(dataset, config, replace(MODEL, in_channels=16), CODEC, 0)
+        Order({"main": dataset}, config, replace(MODEL, in_channels=16), CODEC, 0)
 
 
-@pytest.mark.parametrize(("height", "message"), [(4, "smaller than one token"), (640, "over data.max_tokens_per_pack")])
+@pytest.mark.parametrize(("height", "message"), [(4, "smaller than one token"), (640, "over data.tokens_per_step")])
 def test_held_out_clips_are_checked_at_the_start_too(height: int, message: str) -> None:
     """Not by the first validation, hours later, nor left out of it."""
 
-    class OddHeldOut(Rows):
-        def rows(self, shard: int) -> tuple[IndexRow, ...]:
-            return tuple(
-                replace(row, height=height) if is_held_out(row.source_sha256, 0.1) else row
-                for row in super().rows(shard)
-            )
+    class OddHeldOut(Simulated):
+        def table(self, shard: int) -> ShardTable:
+            table = super().table(shard)
+            return replace(table, height=np.where(are_held_out(table, 0.1), height, 64))
 
     config = replace(data_config(Path("unused")), size=SizeConfig(10**6, 17, 8.0))
     with pytest.raises(ConfigError, match=message):
-        Order(OddHeldOut(4, 12), config, MODEL, CODEC, 0)  # type: ignore[arg-type]
+        Order({"main": OddHeldOut(4, 12, name=f"odd{height}")}, config, MODEL, CODEC, 0)  # type: ignore[dict-item]
 
 
 def test_captions_follow_their_weights() -> None:
@@ -142,8 +121,8 @@ def test_captions_follow_their_weights() -> None:
     assert share[0] == pytest.approx(0.8 * 0.3, abs=0.03)
     assert share[1] == pytest.approx(0.8 * 0.7, abs=0.03)
     row = samples[0].row
-    only_dense = CaptionConfig(weights={"recaption/dense": 1.0}, dropout=0.0)
-    picks = {choose_caption(row, only_dense, generator(0, 0, i, Purpose.caption)) for i in range(50)}
+    only_dense = {"recaption/dense": 1.0}
+    picks = {choose_caption(row, only_dense, 0.0, generator(0, 0, i, Purpose.caption)) for i in range(50)}
     assert picks == {0, 1}
 
 

@@ -1,0 +1,167 @@
+"""One data set as an endless stream of tokens: all its clips in a shuffled order, then all in another, and so on.
+
+The shuffle has two levels: shards are dealt into windows, then the clips of a window are permuted. Where the tokens of
+each shard are known, any place of the stream is found by reading one window.
+
+A window must look like the whole data set, or a data set that was sorted (by length, as folders often are) would give
+steps of long clips for hours. So shards are not dealt at random: they are laid out by the extent of their clips, cut
+into as many strata as a window has shards, and each window gets one shard of each stratum, at random.
+
+The order itself depends on no size rule. A stream under another rule has the same clips in the same order, each of
+other tokens: a `Place` holds in both.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from sora_train.config.root import ConfigError
+from sora_train.data.draws import Purpose, dataset_stream, generator
+from sora_train.data.index import Dataset
+from sora_train.data.schema import DatasetManifest, IndexRow
+from sora_train.data.shard_table import Numbers, ShardTable
+from sora_train.data.size import ClipSize, ClipSizes, clip_sizes, concatenate
+from sora_train.data.totals import Rule, Totals
+
+# Shards whose clips are shuffled together: enough for this many clips, which bounds the rows in memory, within bounds
+# of their own: fewer strata would let a sorted data set show, and each shard is an index to read.
+WINDOW_CLIPS = 65536
+WINDOW_SHARDS = (16, 128)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A clip of the stream: its number in the shuffled window, and which window of which epoch."""
+
+    epoch: int
+    window: int
+    clip: int
+
+
+@dataclass(frozen=True)
+class ShuffledClip:
+    """A clip as it comes out of the stream."""
+
+    shard: int  # number in the manifest
+    row: IndexRow
+    size: ClipSize
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The shards in the order of an epoch, window after window."""
+
+    shards: Numbers
+    window_ends: Numbers  # in `shards`
+    starts: Numbers  # where the tokens of each window begin in the epoch, and its end
+
+
+@dataclass(frozen=True)
+class Window:
+    """The clips of some shards, shuffled together."""
+
+    shards: Numbers
+    tables: tuple[ShardTable, ...]
+    # Of each clip: which of `tables`, and which row there.
+    table: Numbers
+    row: Numbers
+    sizes: ClipSizes
+    starts: Numbers  # where the tokens of each clip begin in the window, and its end
+
+
+class Shuffle:
+    """The stream of one data set under one size rule. Holds totals and a cache, no position."""
+
+    def __init__(self, dataset: Dataset, name: str, rule: Rule, totals: Totals, seed: int) -> None:
+        self.dataset, self.rule, self.totals, self.seed = dataset, rule, totals, seed
+        self.stream = dataset_stream(name)
+        self.epoch_tokens = int(totals.tokens.sum())
+        self._window = lru_cache(maxsize=2)(self._load_window)
+        self._epoch = lru_cache(maxsize=2)(self._load_epoch)
+
+    def clips(self, position: int, end: int) -> Iterator[ShuffledClip]:
+        """The clips whose first token lies in [position, end)."""
+        while position < end:
+            place, start = self._first_from(position)
+            window = self._window(place.epoch, place.window)
+            last = int(np.searchsorted(window.starts[:-1], end - start))
+            for i in range(place.clip, last):
+                yield self._clip(window, i, place.epoch)
+            position = start + int(window.starts[-1])
+
+    def place(self, position: int) -> Place:
+        """The first clip that begins at `position` or later; one past the last of a window is the next window's."""
+        return self._first_from(position)[0]
+
+    def position(self, place: Place) -> int:
+        """Where the tokens of a clip begin."""
+        within = int(self._window(place.epoch, place.window).starts[place.clip]) if place.clip else 0
+        return place.epoch * self.epoch_tokens + int(self._epoch(place.epoch).starts[place.window]) + within
+
+    def _first_from(self, position: int) -> tuple[Place, int]:
+        """The first clip from a position on, and where the tokens of its window begin."""
+        epoch, offset = divmod(position, self.epoch_tokens)
+        starts = self._epoch(epoch).starts
+        window = int(np.searchsorted(starts, offset, side="right")) - 1
+        clip = int(np.searchsorted(self._window(epoch, window).starts[:-1], offset - int(starts[window])))
+        return Place(epoch, window, clip), epoch * self.epoch_tokens + int(starts[window])
+
+    def _clip(self, window: Window, i: int, epoch: int) -> ShuffledClip:
+        table, row = int(window.table[i]), int(window.row[i])
+        shard = int(window.shards[table])
+        part = 0.0
+        if window.sizes.spare_frames[i] > 0:
+            # Both numbers fit into half of the word.
+            part = generator(self.seed, epoch, shard << 32 | row, Purpose.clip_part, self.stream).random()
+        size, tokens = window.sizes.clip(i, part), int(window.sizes.num_tokens[i])
+        return ShuffledClip(shard, window.tables[table].row(row), size, tokens)
+
+    def _load_epoch(self, epoch: int) -> Epoch:
+        num_shards = len(self.totals.tokens)
+        num_windows = -(-num_shards // window_shards(self.dataset.manifest))
+        # A row is a stratum, a column a window; -1 where the last stratum has no shard for a window.
+        grid = np.full((-(-num_shards // num_windows), num_windows), -1, dtype=np.int64)
+        grid.ravel()[:num_shards] = np.argsort(self.totals.extent, kind="stable")
+        draw = generator(self.seed, epoch, 0, Purpose.shard_order, self.stream)
+        columns = np.take_along_axis(grid, np.argsort(draw.random(grid.shape), axis=1), axis=1).T
+        shards = columns[columns >= 0]
+        window_ends = np.cumsum((columns >= 0).sum(axis=1))
+        token_ends = np.cumsum(self.totals.tokens[shards])[window_ends - 1]
+        return Epoch(shards, window_ends, np.concatenate([[0], token_ends]))
+
+    def _load_window(self, epoch: int, number: int) -> Window:
+        ends = self._epoch(epoch).window_ends
+        shards = self._epoch(epoch).shards[int(ends[number - 1]) if number else 0 : int(ends[number])]
+        tables = tuple(self.dataset.table(int(shard)) for shard in shards)
+        rows = [self.rule.selection.trained(table) for table in tables]
+        sizes = [
+            clip_sizes(table, self.rule.size, self.rule.stride).take(trained)
+            for table, trained in zip(tables, rows, strict=True)
+        ]
+        for shard, part in zip(shards, sizes, strict=True):
+            if part.num_tokens.sum() != self.totals.tokens[shard]:
+                raise ConfigError(
+                    f"the index of {self.dataset.manifest.shards[shard].name} is not the one that its totals were "
+                    "computed from: an index was rebuilt under a running training or a kept dataset.json; remove "
+                    "data.cache_dir and start again"
+                )
+        lengths = [len(trained) for trained in rows]
+        shuffled = generator(self.seed, epoch, number, Purpose.clip_order, self.stream).permutation(sum(lengths))
+        all_sizes = concatenate(sizes).take(shuffled)
+        return Window(
+            shards,
+            tables,
+            np.repeat(np.arange(len(tables)), lengths)[shuffled],
+            np.concatenate(rows)[shuffled],
+            all_sizes,
+            np.concatenate([[0], np.cumsum(all_sizes.num_tokens)]),
+        )
+
+
+def window_shards(manifest: DatasetManifest) -> int:
+    """How many shards are shuffled together."""
+    least, most = WINDOW_SHARDS
+    return min(max(WINDOW_CLIPS * len(manifest.shards) // manifest.num_samples, least), most)
