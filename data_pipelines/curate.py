@@ -38,7 +38,7 @@ from data_pipelines.stages.write_shards import ReadParts, WritePart, WriteShards
 from sora_train.config.command import hydra_app
 from sora_train.config.curation import CurationConfig
 from sora_train.config.root import ConfigError
-from sora_train.data.index import write_index
+from sora_train.data.index_writer import write_index
 
 STAGES = ("ingest", "probe", "split_scenes", "filter_quality", "caption", "write_shards")
 SUMMARY = "curation.json"  # in the output, once it is complete

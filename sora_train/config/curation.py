@@ -63,8 +63,14 @@ class CurationConfig:
 
 @dataclass(frozen=True)
 class IndexConfig:
-    # Folder of WebDataset tars to index.
+    # Folder or fsspec URL of WebDataset tars; sub-folders are searched. The index is written beside the tars.
     shards: str = "???"
+    # Writes nothing: reads every tar again and compares it, sample by sample, with the index that is there.
+    verify: bool = False
+    # Processes; 0: one a core.
+    workers: int = 0
+    # Fields of a KEY.json made elsewhere that hold the caption; the first that is there counts.
+    caption_fields: list[str] = field(default_factory=lambda: ["caption", "text"])
 
 
 @dataclass(frozen=True)

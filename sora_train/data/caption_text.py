@@ -13,7 +13,7 @@ from typing import Any
 from sora_train.data.schema import Caption, CaptionsIn, ClipRecord, Origin, Style
 
 MAX_CAPTION_BYTES = 1 << 16
-_CONTROLS = {code: " " for code in (*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000)) if chr(code) not in "\t\n"}
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000)} - {ord("\t"), ord("\n")}, " ")
 
 
 class CaptionError(ValueError):

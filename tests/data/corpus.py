@@ -10,7 +10,7 @@ import numpy as np
 
 from sora_train.config.data import CaptionConfig, DataConfig, SizeConfig
 from sora_train.config.model import ModelConfig
-from sora_train.data.index import write_index
+from sora_train.data.index_writer import write_index
 from sora_train.data.schema import Caption, ClipRecord, Origin, Source, Style
 from sora_train.data.video_file import save_video
 from sora_train.encoders.codec_shape import CodecShape

@@ -5,7 +5,8 @@ import pytest
 from corpus import encode, moving_square, record, write_tar
 
 from sora_train.config.root import ConfigError
-from sora_train.data.index import open_dataset, write_index
+from sora_train.data.index import open_dataset
+from sora_train.data.index_writer import write_index
 from sora_train.data.schema import ClipRecord
 
 
