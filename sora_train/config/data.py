@@ -111,10 +111,17 @@ class DataConfig:
     held_out_fraction: float = 0.02
     # Folder that keeps the totals of each data set from one start to the next; empty: that of the user's caches.
     cache_dir: str = ""
-    # Decoding processes on each rank; 0 decodes in the training process.
+    # Child processes on each rank that read and decode, and may die or hang without hurting training. 0 does it in the
+    # training process, unprotected: a file that crashes the decoder ends the run. For debugging.
     workers: int = 1
-    # Packs that each worker keeps ready.
+    # Packs that each rank keeps ready, or is reading, ahead of the one in training. Memory holds one more than this.
     read_ahead: int = 4
+    # A worker that decodes no further frame for so long is killed, and its clip left out.
+    stall_seconds: float = 4.0
+    # Most memory of one worker, beside the frames it hands over: a file that needs more is left out. (Linux)
+    worker_memory_gib: float = 4.0
+    # Remote shards are downloaded whole to `cache_dir`, once a machine, up to so much in all; 0: read by range.
+    cache_gib: float = 0.0
     # A run stops when more than this share of its clips could not be read (quarantine.jsonl says which and why).
     max_bad_share: float = 0.05
 
