@@ -157,18 +157,39 @@ class ShardTable:
         return table
 
     def _check(self) -> None:
-        ragged = {"keys": self.key_ends, "caption_kind": self.caption_ends, "caption_bytes": self.caption_ends}
+        for ends in (self.key_ends, self.caption_ends):
+            if ends.ndim != 1 or ends.dtype != _INT64 or (ends[:1] < 0).any() or (ends[1:] < ends[:-1]).any():
+                raise ValueError("not an index: samples that end before they begin")
+        num_captions = int(self.caption_ends[-1]) if len(self.caption_ends) else 0
+        lengths = {
+            "keys": int(self.key_ends[-1]) if len(self) else 0,
+            "caption_kind": num_captions,
+            "caption_bytes": num_captions,
+        }
         for name in COLUMNS:
-            column, ends = getattr(self, name), ragged.get(name)
-            expected = len(self) if ends is None else int(ends[-1]) if len(ends) else 0
-            if len(column) != expected:
-                raise ValueError(f"not an index: column {name} has {len(column)} entries, expected {expected}")
+            column, shape = getattr(self, name), (lengths.get(name, len(self)), *_WIDTHS.get(name, ()))
+            if column.shape != shape or column.dtype != _TYPES.get(name, _INT64):
+                raise ValueError(f"not an index: column {name} is {column.dtype} {column.shape}, expected {shape}")
         for name, limit in (("medium", len(MEDIA)), ("captions_in", len(PLACES)), ("caption_kind", len(KINDS))):
             if (getattr(self, name) >= limit).any():
                 raise ValueError(f"not an index this code reads: column {name} holds unknown kinds")
+        for name, least in _LEAST.items():
+            if not (getattr(self, name) >= least).all():  # NaN is not
+                raise ValueError(f"not an index: column {name} holds values below {least}")
 
 
 COLUMNS = tuple(ShardTable.__dataclass_fields__)
+# Of the columns that are not one int64 a sample.
+_INT64 = np.dtype(np.int64)
+_WIDTHS = {"latent_shape": (4,), "source": (32,)}
+_TYPES = {
+    **dict.fromkeys(("keys", "medium", "captions_in", "source", "caption_kind"), np.dtype(np.uint8)),
+    **dict.fromkeys(("fps", "duration_seconds"), np.dtype(np.float64)),
+    "medium_xxh3": np.dtype(np.uint64),
+    "is_variable_rate": np.dtype(np.bool_),
+}
+# What every sample has at least.
+_LEAST = {"num_frames": 1, "height": 1, "width": 1, "fps": 0, "medium_offset": 0, "medium_size": 0}
 
 
 def _numbers(values: Iterable[int]) -> Numbers:
