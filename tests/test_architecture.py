@@ -38,6 +38,8 @@ PURE: dict[str, set[str]] = {
     "sora_train.config": {"torch", "deepspeed", "numpy", "fsspec", "wandb"},
     "sora_train.data": {"deepspeed", "wandb", "torch.distributed"},
 }
+# The one door to files in models/: it reads and writes folders of diffusers.
+DOORS = {"sora_train.models.wan_weights": {"os", "pathlib"}}
 MEANINGLESS = re.compile(r"(utils?|misc|common|helpers?|base|core|manager)")
 
 
@@ -117,7 +119,8 @@ def test_pure_rooms(pure: str) -> None:
     for name, path in MODULES.items():
         if name.startswith(pure + "."):
             for used in imports(path):
-                bad = [word for word in PURE[pure] if used == word or used.startswith(word + ".")]
+                words = PURE[pure] - DOORS.get(name, set())
+                bad = [word for word in words if used == word or used.startswith(word + ".")]
                 # config/ owns the schema of files on disk and the command line.
                 assert not bad, f"{name} imports {used}"
 

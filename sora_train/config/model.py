@@ -35,6 +35,14 @@ class ModelConfig:
     # Channels of the latents that come in and of the prediction that goes out; must equal the codec's.
     in_channels: int = 16
     out_channels: int = 16
+    # Channels of what each sample is conditioned on, which enter beside its latents; Wan's image-to-video models have
+    # 20: a mask of four and the 16 latents of the known frames. 0: none.
+    condition_channels: int = 0
+    # Channels of the rows of an image encoder (1280 for CLIP ViT-H) that Wan 2.1's image-to-video models attend to
+    # beside the text. 0: none.
+    image_width: int = 0
+    # Rows of a sample's images that have a learned position: 514 for Wan's first and last frame. 0: no positions.
+    image_positions: int = 0
     # One token covers this many latent frames, rows and columns.
     patch_frames: int = 1
     patch_height: int = 2

@@ -5,13 +5,14 @@ All cores share one signature, so the kernel, and later the split of a document 
 
     core(query_LNK, key_MNK, value_MNK, layout, is_cross) -> out_LNK
 
-Self-attention has M = L. Cross-attention takes keys and values from the documents' texts.
+Self-attention has M = L. Cross-attention takes keys and values from the documents' texts, or, with the layout's
+`of_image`, from the rows of their images.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ HEAD_MULTIPLE, MAX_HEAD_WIDTH = 8, 256
 
 @dataclass(frozen=True)
 class PackLayout:
-    """Where the documents of a pack and their texts begin.
+    """Where the documents of a pack, their texts and, where the model attends to them, their images begin.
 
     Lengths are host integers, so that a loop over documents or a kernel's `max_seqlen` never waits for the device;
     the tensors are what kernels and lookups read there.
@@ -39,10 +40,19 @@ class PackLayout:
     cu_text: Tensor  # int32 [S + 1], 0 … M
     sample_L: Tensor  # int64 [L], the document of each token
     sample_M: Tensor  # int64 [M], the document of each text row
+    image_lengths: tuple[int, ...] = ()  # image rows of each; they sum to I; empty: the pack has none
+    cu_image: Tensor | None = None  # int32 [S + 1], 0 … I
+    sample_I: Tensor | None = None  # int64 [I], the document of each image row
 
     @staticmethod
-    def build(lengths: Sequence[int], text_lengths: Sequence[int], device: torch.device | str = "cpu") -> "PackLayout":
-        """Raises ValueError unless every document has at least one token and one text row."""
+    def build(
+        lengths: Sequence[int],
+        text_lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        image_lengths: Sequence[int] = (),
+    ) -> "PackLayout":
+        """Raises ValueError unless every document has at least one token and one text row, and, in a pack with
+        images, one image row."""
         if not lengths or len(lengths) != len(text_lengths):
             raise ValueError(f"a pack needs as many texts as documents, got {len(lengths)} and {len(text_lengths)}")
         if min(*lengths, *text_lengths) < 1:
@@ -50,6 +60,11 @@ class PackLayout:
         cu_seqlens, sample_L = _offsets(lengths)
         cu_text, sample_M = _offsets(text_lengths)
         layout = PackLayout(tuple(lengths), tuple(text_lengths), cu_seqlens, cu_text, sample_L, sample_M)
+        if image_lengths:
+            if len(image_lengths) != len(lengths) or min(image_lengths) < 1:
+                raise ValueError(f"every one of {len(lengths)} documents needs an image row, got {image_lengths}")
+            cu_image, sample_I = _offsets(image_lengths)
+            layout = replace(layout, image_lengths=tuple(image_lengths), cu_image=cu_image, sample_I=sample_I)
         # Without waiting: `.to` alone would stop here until the device has done all that was asked of it before.
         return layout.to(device, non_blocking=True)
 
@@ -65,13 +80,21 @@ class PackLayout:
             self.text_lengths, self.text_lengths, self.cu_text, self.cu_text, self.sample_M, self.sample_M
         )
 
+    @property
+    def of_image(self) -> "PackLayout":
+        """The layout for cross-attention to the image rows: they stand where the text rows stood."""
+        if self.cu_image is None or self.sample_I is None:
+            raise ValueError("the pack has no image rows")
+        return replace(self, text_lengths=self.image_lengths, cu_text=self.cu_image, sample_M=self.sample_I)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackLayout":
         """The same layout with its tensors on a device."""
-        moved = (
-            tensor.to(device, non_blocking=non_blocking)
-            for tensor in (self.cu_seqlens, self.cu_text, self.sample_L, self.sample_M)
-        )
-        return PackLayout(self.lengths, self.text_lengths, *moved)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def _offsets(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -192,12 +215,14 @@ def choose_core(
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm over the full width of queries and keys (Wan 2.1).
 
+    With `has_image`, a second attention by the same queries, to image rows, is added before the output projection
+    (Wan 2.1's image-to-video models).
     `core` is replaced from outside (`apply_core`); the rest of the module treats every row alike.
     """
 
     core: Core
 
-    def __init__(self, width: int, heads: int, eps: float, qk_norm: bool = True) -> None:
+    def __init__(self, width: int, heads: int, eps: float, qk_norm: bool = True, has_image: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width)
@@ -206,9 +231,21 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(width, width)
+        self.has_image = has_image
+        if has_image:
+            self.add_k_proj = nn.Linear(width, width)
+            self.add_v_proj = nn.Linear(width, width)
+            self.norm_added_k = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
         self.core = sdpa_per_document
 
-    def forward(self, rows_LD: Tensor, source_MD: Tensor | None, rotation: Tensor | None, layout: PackLayout) -> Tensor:
+    def forward(
+        self,
+        rows_LD: Tensor,
+        source_MD: Tensor | None,
+        rotation: Tensor | None,
+        layout: PackLayout,
+        image_ID: Tensor | None = None,
+    ) -> Tensor:
         """Self-attention among `rows_LD`, or cross-attention to the text rows `source_MD`.
 
         Args:
@@ -216,6 +253,7 @@ class Attention(nn.Module):
             source_MD: text rows, or None for self-attention.
             rotation: complex [L, 1, K/2] of `rope.rotation`, or None to leave queries and keys unrotated.
             layout: the documents of the pack.
+            image_ID: projected image rows; given if and only if the module `has_image`.
         """
         is_cross = source_MD is not None
         keys_from = rows_LD if source_MD is None else source_MD
@@ -225,6 +263,12 @@ class Attention(nn.Module):
         if rotation is not None:
             query_LNK, key_MNK = rotate(query_LNK, rotation), rotate(key_MNK, rotation)
         out_LNK = self.core(query_LNK, key_MNK, value_MNK, layout, is_cross)
+        if self.has_image:
+            if image_ID is None:
+                raise ValueError("attention to images needs image rows")
+            key_INK = self.norm_added_k(self.add_k_proj(image_ID)).unflatten(-1, (self.heads, -1))
+            value_INK = self.add_v_proj(image_ID).unflatten(-1, (self.heads, -1))
+            out_LNK = out_LNK + self.core(query_LNK, key_INK, value_INK, layout.of_image, True)
         return self.to_out(out_LNK.flatten(-2))
 
 

@@ -15,6 +15,28 @@ Text = Sequence[str] | Sequence[Tensor]  # captions (kind=bytes) or rows [M, tex
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """What samples are conditioned on beside their text, one item a sample; a part the model has not stays empty."""
+
+    # [condition_channels, T, H, W], of the size of the sample's latents. Wan's image-to-video: four channels that mark
+    # the known frames (one a pixel frame of the latent frame), then the latents of the known frames.
+    latents: Sequence[Tensor] = ()
+    image: Sequence[Tensor] = ()  # [I, image width], rows of an image encoder
+    # How many latent frames at the start of each sample are clean: they stand among the latents as they are and get
+    # t = 0, while the rest is noisy (image-to-video of Wan 2.2 TI2V-5B). Any model takes this.
+    clean_frames: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class PackedConditioning:
+    """The same for a pack, as `VideoDiT.forward` takes it."""
+
+    tokens_LP: Tensor | None = None  # patches of the condition's latents
+    image_ID: Tensor | None = None  # image rows end to end
+    is_clean_L: Tensor | None = None  # bool, which tokens have t = 0
+
+
+@dataclass(frozen=True)
 class PackInputs:
     """What `VideoDiT.forward` takes, t aside."""
 
@@ -23,6 +45,7 @@ class PackInputs:
     text: Tensor
     layout: PackLayout
     shapes: tuple[Shape, ...]
+    conditioning: PackedConditioning | None = None
 
 
 def patch_of(config: ModelConfig) -> Patch:
@@ -30,15 +53,18 @@ def patch_of(config: ModelConfig) -> Patch:
     return config.patch_frames, config.patch_height, config.patch_width
 
 
-def pack_inputs(latents: Sequence[Tensor], text: Text, config: ModelConfig) -> PackInputs:
+def pack_inputs(
+    latents: Sequence[Tensor], text: Text, config: ModelConfig, conditioning: Conditioning | None = None
+) -> PackInputs:
     """Lays samples of any sizes end to end, on the device of the latents.
 
     Args:
         latents: [C, T, H, W] each.
         text: captions with text.kind=bytes, rows [M, text width] of a frozen encoder otherwise, one a sample.
+        conditioning: what the model asks for beside the text; None when it asks for nothing.
 
     Raises:
-        ValueError: the patch does not divide a sample, or text is missing or of the wrong kind.
+        ValueError: the patch does not divide a sample, or text or conditioning is missing or of the wrong kind.
     """
     patch, device = patch_of(config), latents[0].device
     shapes = tuple(shape_of(sample) for sample in latents)
@@ -51,14 +77,80 @@ def pack_inputs(latents: Sequence[Tensor], text: Text, config: ModelConfig) -> P
         if len(rows) != len(text):
             raise ValueError("model.text.kind=encoder takes rows of the text encoder, got captions")
         packed_text, text_lengths = torch.cat(rows), tuple(row.shape[0] for row in rows)
-    layout = PackLayout.build([num_tokens(shape, patch) for shape in shapes], text_lengths, device)
+    conditioning = conditioning or Conditioning()
+    check_conditioning(conditioning, shapes, config)
+    layout = PackLayout.build(
+        [num_tokens(shape, patch) for shape in shapes],
+        text_lengths,
+        device,
+        [rows.shape[0] for rows in conditioning.image],
+    )
+    positions_L3 = torch.cat([positions(shape, patch) for shape in shapes])
     return PackInputs(
         tokens_LP=torch.cat([patchify(sample, patch) for sample in latents]),
-        positions_L3=torch.cat([positions(shape, patch) for shape in shapes]).to(device, non_blocking=True),
+        positions_L3=positions_L3.to(device, non_blocking=True),
         text=packed_text.to(device, non_blocking=True),
         layout=layout,
         shapes=shapes,
+        conditioning=pack_conditioning(conditioning, positions_L3, layout, config, device),
     )
+
+
+def check_conditioning(conditioning: Conditioning, shapes: Sequence[Shape], config: ModelConfig) -> None:
+    """Raises ValueError unless `conditioning` is what the model takes, for each of the samples."""
+    for name, values, wanted in (
+        ("latents", conditioning.latents, config.condition_channels),
+        ("image", conditioning.image, config.image_width),
+    ):
+        if len(values) != (len(shapes) if wanted else 0):
+            field = "condition_channels" if name == "latents" else "image_width"
+            raise ValueError(
+                f"model.{field}={wanted} takes {len(shapes) if wanted else 0} conditioning.{name} for "
+                f"{len(shapes)} samples, got {len(values)}"
+            )
+    for condition, shape in zip(conditioning.latents, shapes, strict=False):
+        if tuple(condition.shape) != (config.condition_channels, *shape[1:]):
+            raise ValueError(
+                f"conditioning.latents of {tuple(condition.shape)} for latents of {shape}: "
+                f"give {(config.condition_channels, *shape[1:])}"
+            )
+    for rows in conditioning.image:
+        if rows.shape[1] != config.image_width or config.image_positions not in (0, rows.shape[0]):
+            count = config.image_positions or "any number"
+            raise ValueError(
+                f"conditioning.image of {tuple(rows.shape)}: the model takes {count} of rows of {config.image_width}"
+            )
+    if conditioning.clean_frames and len(conditioning.clean_frames) != len(shapes):
+        raise ValueError(
+            f"conditioning.clean_frames has {len(conditioning.clean_frames)} numbers for {len(shapes)} samples"
+        )
+    if any(frames % config.patch_frames for frames in conditioning.clean_frames):
+        raise ValueError(
+            f"conditioning.clean_frames={list(conditioning.clean_frames)} does not divide into patches of "
+            f"{config.patch_frames} frames"
+        )
+
+
+def pack_conditioning(
+    conditioning: Conditioning,
+    positions_L3: Tensor,
+    layout: PackLayout,
+    config: ModelConfig,
+    device: torch.device,
+) -> PackedConditioning | None:
+    """A checked conditioning laid end to end, or None when there is none; `positions_L3` on the CPU."""
+    if not (conditioning.latents or conditioning.image or conditioning.clean_frames):
+        return None
+    tokens_LP = image_ID = is_clean_L = None
+    if conditioning.latents:
+        tokens_LP = torch.cat([patchify(sample, patch_of(config)) for sample in conditioning.latents])
+        tokens_LP = tokens_LP.to(device, non_blocking=True)
+    if conditioning.image:
+        image_ID = torch.cat(list(conditioning.image)).to(device, non_blocking=True)
+    if conditioning.clean_frames:
+        clean_L = torch.tensor(conditioning.clean_frames).repeat_interleave(torch.tensor(layout.lengths))
+        is_clean_L = (positions_L3[:, 0] * config.patch_frames < clean_L).to(device, non_blocking=True)
+    return PackedConditioning(tokens_LP, image_ID, is_clean_L)
 
 
 def unpack_prediction(prediction_LQ: Tensor, inputs: PackInputs, config: ModelConfig) -> list[Tensor]:

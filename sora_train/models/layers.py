@@ -84,6 +84,28 @@ class TextProjection(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(rows_MD), approximate="tanh"))
 
 
+class ImageProjection(nn.Module):
+    """Rows of an image encoder -> the model's width, as in Wan 2.1: norm, linear, GELU (exact), linear, norm."""
+
+    EPS = 1e-5  # of both norms, whatever the model's own is
+
+    def __init__(self, image_width: int, width: int, num_positions: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, num_positions, image_width)) if num_positions else None
+        self.norm1 = Float32LayerNorm(image_width, self.EPS)
+        self.linear_1 = nn.Linear(image_width, image_width)
+        self.linear_2 = nn.Linear(image_width, width)
+        self.norm2 = Float32LayerNorm(width, self.EPS)
+
+    def forward(self, rows_ID: Tensor) -> Tensor:
+        """[I, image width] -> [I, D]; with positions, every sample has exactly that many rows."""
+        dtype = self.linear_1.weight.dtype
+        if self.positions is not None:
+            rows_ID = (rows_ID.unflatten(0, (-1, self.positions.shape[1])) + self.positions).flatten(0, 1)
+        hidden_ID = F.gelu(self.linear_1(self.norm1(rows_ID).to(dtype)))
+        return self.norm2(self.linear_2(hidden_ID)).to(dtype)
+
+
 class FeedForward(nn.Module):
     """Linear, GELU (tanh), linear."""
 
@@ -106,7 +128,7 @@ class Block(nn.Module):
         self.norm1 = Float32LayerNorm(width, eps, elementwise_affine=False)
         self.attn1 = Attention(width, config.heads, eps, config.qk_norm)
         self.norm2 = Float32LayerNorm(width, eps) if config.cross_attention_norm else nn.Identity()
-        self.attn2 = Attention(width, config.heads, eps, config.qk_norm)
+        self.attn2 = Attention(width, config.heads, eps, config.qk_norm, has_image=config.image_width > 0)
         self.norm3 = Float32LayerNorm(width, eps, elementwise_affine=False)
         self.ffn = FeedForward(width, config.mlp_width)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, width))
@@ -119,6 +141,7 @@ class Block(nn.Module):
         row_L: Tensor | None,
         rotation: Tensor,
         layout: PackLayout,
+        image_ID: Tensor | None = None,
     ) -> Tensor:
         """`modulation_R6D` float32: shift, scale, gate of attention, then of the MLP (adaLN-single, PixArt-alpha).
 
@@ -135,7 +158,7 @@ class Block(nn.Module):
         tokens_LD = torch.addcmul(tokens_LD.float(), change_LD.float(), per_token(gate1_RD, row_L)).to(dtype)
 
         hidden_LD = self.norm2(tokens_LD).to(dtype)
-        tokens_LD = tokens_LD + self.attn2(hidden_LD, text_MD, None, layout)
+        tokens_LD = tokens_LD + self.attn2(hidden_LD, text_MD, None, layout, image_ID)
 
         hidden_LD = torch.addcmul(
             per_token(shift2_RD, row_L), self.norm3(tokens_LD), per_token(1 + scale2_RD, row_L)

@@ -1,8 +1,11 @@
-"""VideoDiT: the Wan 2.1 transformer over packs of samples of any sizes.
+"""VideoDiT: the transformer of Wan 2.1 and 2.2 over packs of samples of any sizes.
 
 Tokens, their positions and a layout come in, tokens go out: the model knows no grid, no ranks and no padding. Its
 parameters match diffusers' WanTransformer3DModel one to one (the patch embedding is the Conv3d, flattened), so Wan's
-weights load by renaming. Beyond Wan: the byte text path, whose pooled row is added to the embedding of t.
+weights load by renaming (`wan_weights`). What Wan's image-to-video models are given beside noise and text comes as
+`conditioning`: latents that enter beside the noisy ones, rows of an image encoder that a second cross-attention reads,
+frames that are clean and have their own t. Beyond Wan: the byte text path, whose pooled row is added to the embedding
+of t.
 """
 
 import math
@@ -15,8 +18,16 @@ from torch import Tensor, nn
 from sora_train.config.model import ModelConfig, TextKind
 from sora_train.config.root import ConfigError
 from sora_train.models.attention import PackLayout
-from sora_train.models.inputs import Text, pack_inputs, patch_of, unpack_prediction
-from sora_train.models.layers import Block, Float32LayerNorm, Float32Linear, TextProjection, TimeEmbedding, per_token
+from sora_train.models.inputs import Conditioning, PackedConditioning, Text, pack_inputs, patch_of, unpack_prediction
+from sora_train.models.layers import (
+    Block,
+    Float32LayerNorm,
+    Float32Linear,
+    ImageProjection,
+    TextProjection,
+    TimeEmbedding,
+    per_token,
+)
 from sora_train.models.rope import rotation
 from sora_train.models.text import ByteText
 
@@ -31,6 +42,13 @@ def check_model(config: ModelConfig) -> None:
         )
     if config.frequency_width % 2:
         raise ConfigError(f"model.frequency_width={config.frequency_width} is odd: choose an even number")
+    for name in ("condition_channels", "image_width", "image_positions"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"model.{name}={getattr(config, name)} is negative: use 0 for none")
+    if config.image_positions and not config.image_width:
+        raise ConfigError(
+            f"model.image_positions={config.image_positions} needs images: set model.image_width, or it to 0"
+        )
     if text.kind is TextKind.bytes and text.width % text.heads:
         raise ConfigError(f"model.text.width={text.width} does not divide by model.text.heads={text.heads}: change one")
 
@@ -46,9 +64,12 @@ class VideoDiT(nn.Module):
         check_model(config)
         self.config = config
         width, volume = config.width, math.prod(patch_of(config))
-        self.patch_embedding = nn.Linear(config.in_channels * volume, width)
+        self.patch_embedding = nn.Linear((config.in_channels + config.condition_channels) * volume, width)
         self.time_embedding = TimeEmbedding(config)
         self.text_projection = TextProjection(config.text.width, width)
+        self.image_projection: ImageProjection | None = None
+        if config.image_width:
+            self.image_projection = ImageProjection(config.image_width, width, config.image_positions)
         self.byte_text: ByteText | None = None
         self.pooled_projection: Float32Linear | None = None
         if config.text.kind is TextKind.bytes:
@@ -62,7 +83,15 @@ class VideoDiT(nn.Module):
         self.run_block: Callable[..., Any] = call_block
         initialize(self)
 
-    def forward(self, tokens_LP: Tensor, positions_L3: Tensor, t: Tensor, text: Tensor, layout: PackLayout) -> Tensor:
+    def forward(
+        self,
+        tokens_LP: Tensor,
+        positions_L3: Tensor,
+        t: Tensor,
+        text: Tensor,
+        layout: PackLayout,
+        conditioning: PackedConditioning | None = None,
+    ) -> Tensor:
         """Predicts velocity or latents (config.diffusion.prediction) for every token of the pack.
 
         Args:
@@ -70,27 +99,44 @@ class VideoDiT(nn.Module):
             positions_L3: int64 (time, row, column) of each token in its own sample.
             t: float32 in [0, 1], one a sample [S] or one a token [L].
             text: int64 ids [M] with text.kind=bytes, float rows [M, text width] with text.kind=encoder.
-            layout: where the documents and their texts begin.
+            layout: where the documents, their texts and their images begin.
+            conditioning: what the config's condition_channels and image_width ask for, and which tokens are clean.
 
         Returns:
             [L, Q] in float32, Q = patch volume * out_channels (`patchify.unpatchify`).
+
+        Raises:
+            ValueError: t is neither one a sample nor one a token, or conditioning is missing.
         """
         config = self.config
         dtype = self.patch_embedding.weight.dtype
-        row_L = layout.sample_L if t.shape[0] == layout.num_samples else None
+        given = conditioning or PackedConditioning()
+        t_R, row_L = time_rows(t, layout, given.is_clean_L)
 
         pooled = None
         if self.byte_text is not None and self.pooled_projection is not None:
             text, pooled_SD = self.byte_text(text, layout)
             pooled = self.pooled_projection(pooled_SD)
-            pooled = pooled if row_L is not None else per_token(pooled, layout.sample_L)
-        time_RD, modulation_R6D = self.time_embedding(t, pooled)
+            if row_L is None:
+                pooled = per_token(pooled, layout.sample_L)
+            else:
+                pooled = pooled.repeat(t_R.shape[0] // layout.num_samples, 1)
+        time_RD, modulation_R6D = self.time_embedding(t_R, pooled)
         text_MD = self.text_projection(text.to(dtype))
+        image_ID = None
+        if self.image_projection is not None:
+            if given.image_ID is None:
+                raise ValueError(f"model.image_width={config.image_width} needs conditioning.image")
+            image_ID = self.image_projection(given.image_ID.to(dtype))
         turn = rotation(positions_L3, config.width // config.heads, config.rope_theta)
 
+        if config.condition_channels:
+            if given.tokens_LP is None:
+                raise ValueError(f"model.condition_channels={config.condition_channels} needs conditioning.latents")
+            tokens_LP = torch.cat([tokens_LP, given.tokens_LP.to(tokens_LP.dtype)], dim=1)
         tokens_LD = self.patch_embedding(tokens_LP.to(dtype))
         for block in self.blocks:
-            tokens_LD = self.run_block(block, tokens_LD, text_MD, modulation_R6D, row_L, turn, layout)
+            tokens_LD = self.run_block(block, tokens_LD, text_MD, modulation_R6D, row_L, turn, layout, image_ID)
 
         shift_RD, scale_RD = (self.scale_shift_table.float() + time_RD[:, None]).unbind(1)
         tokens_LD = torch.addcmul(
@@ -102,6 +148,27 @@ class VideoDiT(nn.Module):
 def call_block(block: nn.Module, *inputs: Any) -> Any:
     """Runs a block as it is; see `VideoDiT.run_block`."""
     return block(*inputs)
+
+
+def time_rows(t: Tensor, layout: PackLayout, is_clean_L: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The different t of a pack, [R], and which of them each token has, int64 [L] (None: its own).
+
+    Clean tokens add one row of t = 0 a sample, not one a token: what t is embedded and modulated by stays small.
+
+    Raises:
+        ValueError: t is neither [S] nor [L], or is [L] and tokens are named clean too.
+    """
+    num_samples = layout.num_samples
+    if t.shape[0] == num_samples:
+        if is_clean_L is None:
+            return t, layout.sample_L
+        return torch.cat([t, torch.zeros_like(t)]), layout.sample_L + num_samples * is_clean_L
+    if t.shape[0] != sum(layout.lengths) or is_clean_L is not None:
+        raise ValueError(
+            f"t has {t.shape[0]} numbers for {num_samples} samples and {sum(layout.lengths)} tokens: "
+            "give one a sample, or one a token and no clean frames"
+        )
+    return t, None
 
 
 @torch.no_grad()
@@ -130,18 +197,21 @@ def initialize(model: VideoDiT) -> None:
         nn.init.zeros_(block.attn2.to_out.weight)
 
 
-def predict(model: VideoDiT, latents: list[Tensor], t_S: Tensor, text: Text) -> list[Tensor]:
+def predict(
+    model: VideoDiT, latents: list[Tensor], t_S: Tensor, text: Text, conditioning: Conditioning | None = None
+) -> list[Tensor]:
     """Packs samples of any sizes, runs the model once and unpacks.
 
     Args:
         model: the transformer.
         latents: noisy latents [C, T, H, W], one a sample.
-        t_S: noise level of each in [0, 1].
+        t_S: noise level in [0, 1], one a sample; or one a token of the pack, [L].
         text: captions (text.kind=bytes) or rows of the text encoder (text.kind=encoder), one a sample.
+        conditioning: what an image-to-video model is given beside that.
 
     Returns:
         float32 [out_channels, T, H, W], one a sample.
     """
-    inputs = pack_inputs(latents, text, model.config)
-    prediction_LQ = model(inputs.tokens_LP, inputs.positions_L3, t_S, inputs.text, inputs.layout)
+    inputs = pack_inputs(latents, text, model.config, conditioning)
+    prediction_LQ = model(inputs.tokens_LP, inputs.positions_L3, t_S, inputs.text, inputs.layout, inputs.conditioning)
     return unpack_prediction(prediction_LQ, inputs, model.config)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.config.model import ModelConfig, TextConfig, TextKind
+from sora_train.models.inputs import Conditioning
 from sora_train.models.video_dit import VideoDiT
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,6 +19,11 @@ BYTES = ModelConfig(
 )  # fmt: skip
 ROWS = ModelConfig(
     width=24, depth=2, heads=2, mlp_width=40, in_channels=4, out_channels=4,
+    text=TextConfig(kind=TextKind.encoder, width=16),
+)  # fmt: skip
+
+IMAGE = ModelConfig(
+    width=24, depth=2, heads=2, mlp_width=40, in_channels=4, out_channels=4, condition_channels=3, image_width=10,
     text=TextConfig(kind=TextKind.encoder, width=16),
 )  # fmt: skip
 
@@ -50,6 +56,22 @@ def byte_model() -> VideoDiT:
 @pytest.fixture
 def rows_model() -> VideoDiT:
     return randomize(VideoDiT(ROWS))
+
+
+@pytest.fixture
+def image_model() -> VideoDiT:
+    return randomize(VideoDiT(IMAGE))
+
+
+@pytest.fixture
+def conditioning(samples: tuple[list[Tensor], Tensor, list[str]]) -> Conditioning:
+    """Of the image model for the four samples: images of different size, none or some frames clean."""
+    generator = torch.Generator().manual_seed(5)
+    return Conditioning(
+        latents=[torch.randn(3, *sample.shape[1:], generator=generator) for sample in samples[0]],
+        image=[torch.randn(rows, 10, generator=generator) for rows in (3, 5, 1, 2)],
+        clean_frames=[1, 0, 2, 1],
+    )
 
 
 @pytest.fixture

@@ -55,6 +55,24 @@ def test_layout_knows_where_documents_begin():
     assert layout.of_text.sample_L.tolist() == layout.sample_M.tolist()
 
 
+def test_layout_of_images_puts_them_where_the_text_was():
+    layout = PackLayout.build(LENGTHS, TEXT_LENGTHS, image_lengths=(3, 1, 2))
+    images = layout.of_image
+    assert (images.lengths, images.text_lengths) == (LENGTHS, (3, 1, 2))
+    assert images.cu_text.tolist() == [0, 3, 4, 6]
+    assert images.sample_M.tolist() == [0, 0, 0, 1, 2, 2]
+    assert images.cu_seqlens is layout.cu_seqlens
+    moved = layout.to("meta")
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6
+    assert all(tensor.is_meta for tensor in tensors)
+    with pytest.raises(ValueError, match="no image rows"):
+        _ = PackLayout.build(LENGTHS, TEXT_LENGTHS).of_image
+    for bad in ((3, 1), (3, 0, 2)):
+        with pytest.raises(ValueError, match="needs an image row"):
+            PackLayout.build(LENGTHS, TEXT_LENGTHS, image_lengths=bad)
+
+
 @pytest.mark.parametrize(("lengths", "text_lengths"), [((), ()), ((3,), (1, 1)), ((3, 0), (1, 1)), ((3, 1), (1, 0))])
 def test_layout_refuses_empty_documents(lengths, text_lengths):
     with pytest.raises(ValueError, match="needs"):

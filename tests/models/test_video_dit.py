@@ -5,7 +5,7 @@ import torch
 
 from sora_train.config.model import ModelConfig, TextConfig, TextKind
 from sora_train.config.root import ConfigError
-from sora_train.models.inputs import pack_inputs
+from sora_train.models.inputs import Conditioning, pack_inputs
 from sora_train.models.text import BEGIN, byte_ids, pack_bytes
 from sora_train.models.video_dit import VideoDiT, predict
 
@@ -81,6 +81,8 @@ def test_blocks_can_be_recomputed(byte_model, samples):
         (dataclasses.replace(CONFIG, heads=8), "even head width"),
         (dataclasses.replace(CONFIG, frequency_width=7), "model.frequency_width=7"),
         (dataclasses.replace(CONFIG, text=TextConfig(width=15)), "model.text.width=15"),
+        (dataclasses.replace(CONFIG, condition_channels=-1), "model.condition_channels=-1 is negative"),
+        (dataclasses.replace(CONFIG, image_positions=3), "model.image_positions=3 needs images"),
     ],
 )
 def test_sizes_that_cannot_be_built_are_refused(config, message):
@@ -95,3 +97,42 @@ def test_text_of_the_wrong_kind_is_refused():
     rows = dataclasses.replace(CONFIG, text=TextConfig(kind=TextKind.encoder, width=16))
     with pytest.raises(ValueError, match="takes rows"):
         pack_inputs(latents, ["a"], rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": ()}, "model.condition_channels=3 takes 4 conditioning.latents for 4 samples, got 0"),
+        (
+            {"latents": [torch.zeros(3, 1, 2, 2)] * 4},
+            r"of \(3, 1, 2, 2\) for latents of \(4, 3, 4, 6\)",
+        ),
+        ({"image": [torch.zeros(1, 10)]}, "model.image_width=10 takes 4 conditioning.image"),
+        ({"image": [torch.zeros(1, 9)] * 4}, "rows of 10"),
+        ({"clean_frames": [1]}, "has 1 numbers for 4 samples"),
+    ],
+)
+def test_conditioning_that_does_not_fit_is_refused(image_model, samples, text_rows, conditioning, change, message):
+    latents, t, _ = samples
+    with pytest.raises(ValueError, match=message):
+        predict(image_model, latents, t, text_rows, dataclasses.replace(conditioning, **change))
+
+
+def test_conditioning_for_a_model_without_is_refused(rows_model, image_model, samples, text_rows, conditioning):
+    latents, t, _ = samples
+    with pytest.raises(ValueError, match=r"model\.condition_channels=0 takes 0"):
+        predict(rows_model, latents, t, text_rows, conditioning)
+    inputs = pack_inputs(latents, text_rows, rows_model.config)
+    with pytest.raises(ValueError, match=r"needs conditioning\.image"):  # one that packs for itself
+        image_model(inputs.tokens_LP, inputs.positions_L3, t, inputs.text, inputs.layout)
+    coarse = dataclasses.replace(rows_model.config, patch_frames=2)
+    with pytest.raises(ValueError, match="does not divide into patches of 2 frames"):
+        pack_inputs([torch.zeros(4, 2, 2, 2)], text_rows[:1], coarse, Conditioning(clean_frames=[1]))
+
+
+def test_t_of_another_length_is_refused(rows_model, samples, text_rows):
+    latents, t, _ = samples
+    with pytest.raises(ValueError, match="t has 3 numbers for 4 samples and 44 tokens"):
+        predict(rows_model, latents, t[:3], text_rows)
+    with pytest.raises(ValueError, match="no clean frames"):
+        predict(rows_model, latents, torch.zeros(44), text_rows, Conditioning(clean_frames=[1] * 4))
