@@ -30,7 +30,7 @@ class Member:
     offset: int  # of its bytes
     size: int
     is_file: bool  # and not a link, a device or a file with holes
-    data: bytes | None  # None: not wanted
+    data: bytes | None  # None: not wanted, or cut
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,13 @@ class TarReader:
                 while (info := tar.next()) is not None:
                     offset, last = info.offset_data, info.offset_data + info.size
                     is_file = info.isreg() and not info.issparse()
-                    data = _content(tar, info) if is_file and is_wanted(info.name, info.size) else None
+                    data = None
+                    if is_file and is_wanted(info.name, info.size):
+                        data, error = _content(tar, info)
                     if not info.isdir():
                         yield Member(info.name, info.offset_data, info.size, is_file, data)
+                    if error:
+                        break
                 offset = tar.offset
         # ValueError and the like: what tarfile lets through of absurd numbers in headers.
         except (tarfile.TarError, ValueError, OverflowError, EOFError) as caught:
@@ -89,13 +93,15 @@ class TarReader:
         return TarEnd(total, sha256, "", "")
 
 
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> tuple[bytes | None, str]:
+    """The bytes of a member, or why there are none."""
     file = tar.extractfile(info)
     assert file is not None
-    data = file.read()
-    if len(data) != info.size:
-        raise tarfile.ReadError("unexpected end of data")
-    return data
+    try:
+        data = file.read()
+    except tarfile.TarError as error:
+        return None, str(error) or repr(error)
+    return (data, "") if len(data) == info.size else (None, "unexpected end of data")
 
 
 class _Digest(io.RawIOBase):

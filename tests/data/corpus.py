@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -44,12 +45,18 @@ def record(frames: np.ndarray, source: str, fps: float = 8.0) -> ClipRecord:
     return ClipRecord(captions, num_frames, fps, height, width, seconds, place)
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+def tar_bytes(members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> None:
+    path.write_bytes(tar_bytes(members))
 
 
 def write_corpus(folder: Path, num_clips: int = 24, clips_per_shard: int = 4) -> Path:
