@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import av
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import ArgumentError, FFmpegError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -90,6 +90,9 @@ def open_video(data: bytes, suffix: str, max_pixels: int) -> Iterator[VideoStrea
             io.BytesIO(data), "r", format=CONTAINERS[suffix], options=options, metadata_errors="replace"
         ) as container:
             yield _video_stream(container, max_pixels)
+    except ArgumentError as error:
+        # How a decoder answers to a frame over max_pixels that the container's header does not tell of.
+        raise DecodeError("too_large", f"a frame of more than {max_pixels} pixels is declared") from error
     except MEDIA_ERRORS as error:
         raise DecodeError("decode", _one_line(error)) from error
 
@@ -193,7 +196,7 @@ def probe_media(data: bytes, suffix: str) -> MediaFacts:
         timeline = read_timeline(stream)
         if suffix in IMAGE_SUFFIXES:
             return _facts(stream, next(decode_from(stream, timeline.packets), None), [0], is_image=True)
-        _check_complete(stream, timeline, len(data))
+        _check_complete(stream, timeline, suffix)
         if timeline.times is None:
             return _count(stream, timeline)
         frames = decode_from(stream, timeline.packets)
@@ -234,17 +237,17 @@ def _rate(stream: VideoStream, times: list[int]) -> tuple[float, bool]:
     return (declared if fits else spans / seconds), late > 1 + interval / 4
 
 
-def _check_complete(stream: VideoStream, timeline: Timeline, num_bytes: int) -> None:
+def _check_complete(stream: VideoStream, timeline: Timeline, suffix: str) -> None:
     # A truncated file reads as a shorter one: nothing fails, and only its own table of contents tells.
-    entries = list(stream.index_entries) if stream.container.format.name.startswith("mov") else []
-    missing = sum(entry.pos + entry.size > num_bytes for entry in entries)
-    if missing or len(entries) > len(timeline.packets):
-        raise DecodeError("frame_count", f"{len(timeline.packets)} of {len(entries)} frames are in the file: truncated")
     assert isinstance(stream.container, InputContainer)
-    if stream.container.format.name.startswith("matroska"):
-        seconds, declared = timeline.end_seconds, (stream.container.duration or 0) / av.time_base
-        if declared - seconds > DURATION_TOLERANCE:
-            raise DecodeError("frame_count", f"ends after {seconds:.2f} of {declared:.2f} seconds: truncated")
+    if CONTAINERS[suffix] == "mp4":
+        declared, found = sum(entry.size > 0 for entry in stream.index_entries), len(timeline.packets)
+        if found < declared:
+            raise DecodeError("frame_count", f"{found} of {declared} frames are in the file: truncated")
+    else:
+        seconds = (stream.container.duration or 0) / av.time_base
+        if seconds - timeline.end_seconds > DURATION_TOLERANCE:
+            raise DecodeError("frame_count", f"ends after {timeline.end_seconds:.2f} of {seconds:.2f} s: truncated")
 
 
 def _one_line(error: BaseException) -> str:
