@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
 
@@ -10,13 +9,9 @@ import numpy as np
 
 from sora_train.config.data import CaptionConfig
 from sora_train.config.root import ConfigError
+from sora_train.data.caption_text import MAX_CAPTION_BYTES, clean_text
 from sora_train.data.schema import Caption, IndexRow, Style
 from sora_train.data.shard_table import KINDS
-
-# Longest text that is handed on: a text of megabytes, taken into a pack by accident, would cost more than its video.
-MAX_CHARACTERS = 16384
-# Line ends among them: a caption is one line. Halves of surrogate pairs have no UTF-8.
-NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_captions(config: CaptionConfig) -> None:
@@ -76,7 +71,7 @@ def choose_caption(
 
 
 def spoken(caption: Caption, config: CaptionConfig, rng: np.random.Generator) -> str:
-    """The text that is trained on: one line without control characters, of at most MAX_CHARACTERS.
+    """The text that is trained on: without control characters, at most MAX_CAPTION_BYTES characters.
 
     A structured caption loses each of its fields with probability `field_dropout` (`rng` is that of
     Purpose.caption_field); the rest is written as JSON again, in its order. One that is no JSON object is taken as it
@@ -85,12 +80,10 @@ def spoken(caption: Caption, config: CaptionConfig, rng: np.random.Generator) ->
     text = caption.text
     if caption.style is Style.structured:
         text = _without_some_fields(text, config.field_dropout, rng)
-    return NOT_TEXT.sub(" ", text[:MAX_CHARACTERS])
+    return clean_text(text[:MAX_CAPTION_BYTES])
 
 
 def _without_some_fields(text: str, dropout: float, rng: np.random.Generator) -> str:
-    if len(text) > MAX_CHARACTERS:
-        return text
     try:
         values = json.loads(text)
         if not isinstance(values, dict) or not values:

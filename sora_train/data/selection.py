@@ -1,5 +1,6 @@
 """Which clips of a data set are trained on: not those of held-out sources, and only the media asked for."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from sora_train.config.data import Media
 from sora_train.data.shard_table import ShardTable
 
-# Sources are told apart by the first 13 hexadecimal digits (52 bits) of their hashes: exact as floats.
+# The first 52 bits of a source's hash decide: exact as a float.
 HELD_OUT_DIGITS = 13
 
 
@@ -40,7 +41,5 @@ def is_held_out(source_sha256: str, fraction: float) -> bool:
 
 def are_held_out(table: ShardTable, fraction: float) -> NDArray[np.bool_]:
     """`is_held_out` of every row's source."""
-    first = np.zeros((len(table), 8), dtype=np.uint8)
-    first[:, 1:] = table.source[:, :7]
-    digits = first.view(">u8")[:, 0] >> 4
-    return digits.astype(np.float64) < fraction * 16**HELD_OUT_DIGITS
+    digits = np.ascontiguousarray(table.source[:, :8]).view(">u8")[:, 0] >> (64 - 4 * HELD_OUT_DIGITS)
+    return digits < np.uint64(math.ceil(fraction * 16**HELD_OUT_DIGITS))

@@ -22,13 +22,15 @@ from sora_train.data.draws import Purpose, dataset_stream, generator
 from sora_train.data.index import Dataset
 from sora_train.data.schema import DatasetManifest, IndexRow
 from sora_train.data.shard_table import Numbers, ShardTable
-from sora_train.data.size import ClipSize, ClipSizes, clip_sizes, concatenate
+from sora_train.data.size import ClipSize, SourceSizes, clip_sizes
 from sora_train.data.totals import Rule, Totals
 
-# Shards whose clips are shuffled together: enough for this many clips, which bounds the rows in memory, within bounds
-# of their own: fewer strata would let a sorted data set show, and each shard is an index to read.
-WINDOW_CLIPS = 65536
-WINDOW_SHARDS = (16, 128)
+# Shards whose clips are shuffled together: enough for this many clips, which bounds the rows in memory (60 MB), within
+# bounds of their own: each shard is an index to read, and with few strata a sorted data set shows. With 256, the steps
+# of a million clips sorted by length cannot be told from those of a random order; with 64 they can
+# (benchmarks/data_order.py).
+WINDOW_CLIPS = 2**18
+WINDOW_SHARDS = (16, 256)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,10 @@ class Window:
 
     shards: Numbers
     tables: tuple[ShardTable, ...]
-    # Of each clip: which of `tables`, and which row there.
-    table: Numbers
-    row: Numbers
-    sizes: ClipSizes
-    starts: Numbers  # where the tokens of each clip begin in the window, and its end
+    ends: Numbers  # of the clips of each shard, in `rows`
+    rows: Numbers  # in the tables
+    clips: Numbers  # the shuffled order: places in `rows`
+    starts: Numbers  # in that order, where the tokens of each clip begin in the window, and its end
 
 
 class Shuffle:
@@ -79,6 +80,7 @@ class Shuffle:
         self.dataset, self.rule, self.totals, self.seed = dataset, rule, totals, seed
         self.stream = dataset_stream(name)
         self.epoch_tokens = int(totals.tokens.sum())
+        self._strata = strata(totals, window_shards(dataset.manifest))
         self._window = lru_cache(maxsize=2)(self._load_window)
         self._epoch = lru_cache(maxsize=2)(self._load_epoch)
 
@@ -88,8 +90,7 @@ class Shuffle:
             place, start = self._first_from(position)
             window = self._window(place.epoch, place.window)
             last = int(np.searchsorted(window.starts[:-1], end - start))
-            for i in range(place.clip, last):
-                yield self._clip(window, i, place.epoch)
+            yield from self._clips(place.epoch, window, place.clip, last)
             position = start + int(window.starts[-1])
 
     def place(self, position: int) -> Place:
@@ -109,24 +110,24 @@ class Shuffle:
         clip = int(np.searchsorted(self._window(epoch, window).starts[:-1], offset - int(starts[window])))
         return Place(epoch, window, clip), epoch * self.epoch_tokens + int(starts[window])
 
-    def _clip(self, window: Window, i: int, epoch: int) -> ShuffledClip:
-        table, row = int(window.table[i]), int(window.row[i])
-        shard = int(window.shards[table])
-        part = 0.0
-        if window.sizes.spare_frames[i] > 0:
-            # Both numbers fit into half of the word.
-            part = generator(self.seed, epoch, shard << 32 | row, Purpose.clip_part, self.stream).random()
-        size, tokens = window.sizes.clip(i, part), int(window.sizes.num_tokens[i])
-        return ShuffledClip(shard, window.tables[table].row(row), size, tokens)
+    def _clips(self, epoch: int, window: Window, first: int, last: int) -> Iterator[ShuffledClip]:
+        clips = window.clips[first:last]
+        numbers = np.searchsorted(window.ends, clips, side="right")
+        rows_in = [int(row) for row in window.rows[clips]]
+        rows = [window.tables[number].row(row) for number, row in zip(numbers, rows_in, strict=True)]
+        sizes = clip_sizes(SourceSizes.of(rows), self.rule.size, self.rule.stride)
+        for i, (shard, row_in) in enumerate(zip(window.shards[numbers], rows_in, strict=True)):
+            part = 0.0
+            if sizes.spare_frames[i] > 0:
+                # Both numbers fit into half of the word.
+                place = int(shard) << 32 | row_in
+                part = generator(self.seed, epoch, place, Purpose.clip_part, self.stream).random()
+            yield ShuffledClip(int(shard), rows[i], sizes.clip(i, part), int(sizes.num_tokens[i]))
 
     def _load_epoch(self, epoch: int) -> Epoch:
-        num_shards = len(self.totals.tokens)
-        num_windows = -(-num_shards // window_shards(self.dataset.manifest))
-        # A row is a stratum, a column a window; -1 where the last stratum has no shard for a window.
-        grid = np.full((-(-num_shards // num_windows), num_windows), -1, dtype=np.int64)
-        grid.ravel()[:num_shards] = np.argsort(self.totals.extent, kind="stable")
         draw = generator(self.seed, epoch, 0, Purpose.shard_order, self.stream)
-        columns = np.take_along_axis(grid, np.argsort(draw.random(grid.shape), axis=1), axis=1).T
+        shuffled = np.argsort(draw.random(self._strata.shape), axis=1)
+        columns = np.take_along_axis(self._strata, shuffled, axis=1).T
         shards = columns[columns >= 0]
         window_ends = np.cumsum((columns >= 0).sum(axis=1))
         token_ends = np.cumsum(self.totals.tokens[shards])[window_ends - 1]
@@ -135,30 +136,32 @@ class Shuffle:
     def _load_window(self, epoch: int, number: int) -> Window:
         ends = self._epoch(epoch).window_ends
         shards = self._epoch(epoch).shards[int(ends[number - 1]) if number else 0 : int(ends[number])]
-        tables = tuple(self.dataset.table(int(shard)) for shard in shards)
-        rows = [self.rule.selection.trained(table) for table in tables]
-        sizes = [
-            clip_sizes(table, self.rule.size, self.rule.stride).take(trained)
-            for table, trained in zip(tables, rows, strict=True)
-        ]
-        for shard, part in zip(shards, sizes, strict=True):
-            if part.num_tokens.sum() != self.totals.tokens[shard]:
+        tables = tuple(self.dataset.tables(int(shard) for shard in shards))
+        rows, tokens = [], []
+        for shard, table in zip(shards, tables, strict=True):
+            trained = self.rule.selection.trained(table)
+            lengths = clip_sizes(table, self.rule.size, self.rule.stride).num_tokens[trained]
+            if lengths.sum() != self.totals.tokens[shard]:
                 raise ConfigError(
                     f"the index of {self.dataset.manifest.shards[shard].name} is not the one that its totals were "
-                    "computed from: an index was rebuilt under a running training or a kept dataset.json; remove "
-                    "data.cache_dir and start again"
+                    "computed from: run `python -m data_pipelines.index` on the folder, which writes dataset.json anew"
                 )
-        lengths = [len(trained) for trained in rows]
-        shuffled = generator(self.seed, epoch, number, Purpose.clip_order, self.stream).permutation(sum(lengths))
-        all_sizes = concatenate(sizes).take(shuffled)
-        return Window(
-            shards,
-            tables,
-            np.repeat(np.arange(len(tables)), lengths)[shuffled],
-            np.concatenate(rows)[shuffled],
-            all_sizes,
-            np.concatenate([[0], np.cumsum(all_sizes.num_tokens)]),
-        )
+            rows.append(trained)
+            tokens.append(lengths)
+        ends = np.cumsum([len(trained) for trained in rows])
+        clips = generator(self.seed, epoch, number, Purpose.clip_order, self.stream).permutation(int(ends[-1]))
+        starts = np.concatenate([[0], np.cumsum(np.concatenate(tokens)[clips])])
+        return Window(shards, tables, ends, np.concatenate(rows), clips, starts)
+
+
+def strata(totals: Totals, most: int) -> Numbers:
+    """Shards by the extent of their clips, laid out in rows of like extent; as many columns as windows of at most so
+    many shards need. -1 where the last row is short."""
+    num_shards = len(totals.tokens)
+    num_windows = -(-num_shards // most)
+    grid = np.full((-(-num_shards // num_windows), num_windows), -1, dtype=np.int64)
+    grid.ravel()[:num_shards] = np.argsort(totals.extent, kind="stable")
+    return grid
 
 
 def window_shards(manifest: DatasetManifest) -> int:

@@ -4,6 +4,7 @@ Written once, over columns: a whole shard is sized by array arithmetic, and one 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,30 @@ class ClipSize:
 
 
 @dataclass(frozen=True)
+class SourceSizes:
+    """What the rule asks of n clips as columns; of a whole shard, ShardTable has them under the same names."""
+
+    num_frames: Numbers
+    fps: NDArray[np.float64]
+    height: Numbers
+    width: Numbers
+    latent_shape: Numbers  # [n, 4]
+    is_latent: NDArray[np.bool_]
+
+    @staticmethod
+    def of(rows: Sequence[IndexRow]) -> "SourceSizes":
+        """Of some clips."""
+        return SourceSizes(
+            num_frames=np.array([row.num_frames for row in rows], dtype=np.int64),
+            fps=np.array([row.fps for row in rows], dtype=np.float64),
+            height=np.array([row.height for row in rows], dtype=np.int64),
+            width=np.array([row.width for row in rows], dtype=np.int64),
+            latent_shape=np.array([row.latent_shape or (0, 0, 0, 0) for row in rows], dtype=np.int64).reshape(-1, 4),
+            is_latent=np.array([row.latent_shape is not None for row in rows], dtype=np.bool_),
+        )
+
+
+@dataclass(frozen=True)
 class ClipSizes:
     """The sizes of n clips as columns."""
 
@@ -68,10 +93,6 @@ class ClipSizes:
     frame_step: NDArray[np.float64]
     spare_frames: Numbers  # the clip may begin at source frames 0 to this
     num_tokens: Numbers  # 0: cannot be trained on
-
-    def take(self, indices: NDArray[np.int64]) -> "ClipSizes":
-        """The sizes of some of them, in the order of `indices`."""
-        return ClipSizes(*(getattr(self, name)[indices] for name in COLUMNS))
 
     def clip(self, i: int, part: float | None = None) -> ClipSize:
         """The size of clip i. `part` in [0, 1) says which part of a longer one is taken; None: the middle."""
@@ -85,14 +106,6 @@ class ClipSizes:
             spare // 2 if part is None else min(int(part * (spare + 1)), spare),
             float(self.frame_step[i]),
         )
-
-
-COLUMNS = tuple(ClipSizes.__dataclass_fields__)
-
-
-def concatenate(parts: list[ClipSizes]) -> ClipSizes:
-    """The clips of several shards, end to end."""
-    return ClipSizes(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
 
 
 def token_stride(model: ModelConfig, codec: CodecShape) -> Stride:
@@ -114,34 +127,21 @@ def token_stride(model: ModelConfig, codec: CodecShape) -> Stride:
     )
 
 
-def clip_sizes(table: ShardTable, config: SizeConfig, stride: Stride) -> ClipSizes:
+def clip_sizes(sources: ShardTable | SourceSizes, config: SizeConfig, stride: Stride) -> ClipSizes:
     """Aspect kept, never enlarged, at most max_pixels and max_frames, in whole tokens; `num_tokens` 0 where less than
     one token is left, or where latents do not fit the codec and the patches."""
-    facts = (table.num_frames, table.fps, table.height, table.width, table.latent_shape, table.is_latent)
-    return _sizes(*facts, config, stride)
-
-
-def _sizes(
-    source_frames: Numbers,
-    fps: NDArray[np.float64],
-    source_height: Numbers,
-    source_width: Numbers,
-    latent_shape: Numbers,
-    is_latent: NDArray[np.bool_],
-    config: SizeConfig,
-    stride: Stride,
-) -> ClipSizes:
-    pixels = np.maximum(source_height * source_width, 1)
+    pixels = np.maximum(sources.height * sources.width, 1)
     scale = np.minimum(1.0, np.sqrt(config.max_pixels / pixels))
-    scaled_height = _whole(source_height * scale)
-    scaled_width = _whole(source_width * scale)
+    scaled_height = _whole(sources.height * scale)
+    scaled_width = _whole(sources.width * scale)
     height, width = scaled_height // stride.height * stride.height, scaled_width // stride.width * stride.width
-    frame_step = np.maximum(1.0, fps / config.sampling_fps)
-    sampled = np.minimum(_whole((source_frames - 1) / frame_step) + 1, config.max_frames)
+    frame_step = np.maximum(1.0, sources.fps / config.sampling_fps)
+    sampled = np.minimum(_whole((sources.num_frames - 1) / frame_step) + 1, config.max_frames)
     num_frames = 1 + (sampled - 1) // stride.frames * stride.frames
-    spare = np.maximum(_whole((source_frames - 1) - (num_frames - 1) * frame_step), 0)
+    spare = np.maximum(_whole((sources.num_frames - 1) - (num_frames - 1) * frame_step), 0)
+    is_latent = sources.is_latent
     if is_latent.any():
-        channels, frames, rows, columns = latent_shape.T
+        channels, frames, rows, columns = sources.latent_shape.T
         fits = (channels == stride.channels) & (rows % stride.patch_height == 0) & (columns % stride.patch_width == 0)
         longest = 1 + (config.max_frames - 1) // stride.frames
         # Of a causal codec: the leading latents stand for the leading frames, whatever follows.
@@ -165,16 +165,7 @@ def clip_size(row: IndexRow, config: SizeConfig, stride: Stride, part: float | N
     Raises:
         ConfigError: it cannot be trained on.
     """
-    sizes = _sizes(
-        np.array([row.num_frames]),
-        np.array([row.fps]),
-        np.array([row.height]),
-        np.array([row.width]),
-        np.array([row.latent_shape or (0, 0, 0, 0)]),
-        np.array([row.latent_shape is not None]),
-        config,
-        stride,
-    )
+    sizes = clip_sizes(SourceSizes.of([row]), config, stride)
     if sizes.num_tokens[0] == 0:
         raise does_not_fit(row, stride)
     return sizes.clip(0, part)

@@ -93,8 +93,7 @@ def compute_totals(dataset: Dataset, rule: Rule) -> Totals:
     tokens, clips, num_held_out = (np.zeros(len(shards), dtype=np.int64) for _ in range(3))
     extent = np.zeros(len(shards), dtype=np.float64)
     longest: LongestClip | None = None
-    for shard, entry in enumerate(shards):
-        table = dataset.table(shard)
+    for shard, (entry, table) in enumerate(zip(shards, dataset.tables(range(len(shards))), strict=True)):
         sizes = clip_sizes(table, rule.size, rule.stride)
         trained, held_out = rule.selection.trained(table), rule.selection.held_out(table)
         # Held-out clips as well: the first validation would be late to say so.
@@ -124,7 +123,8 @@ def cache_path(manifest: DatasetManifest, rule: Rule, cache_dir: str) -> Path:
     what = [VERSION, asdict(rule.size), asdict(rule.stride), rule.selection.held_out_fraction, media]
     digest = hashlib.sha256(json.dumps(what).encode())
     for entry in manifest.shards:
-        digest.update(f"\n{entry.name} {entry.num_bytes} {entry.num_samples} {entry.sha256}".encode())
+        hashes = f"{entry.sha256} {entry.index_sha256}"
+        digest.update(f"\n{entry.name} {entry.num_bytes} {entry.num_samples} {hashes}".encode())
     return (Path(cache_dir) if cache_dir else default) / f"totals-{digest.hexdigest()}.safetensors"
 
 

@@ -1,6 +1,6 @@
 """Data sets without tars, of any size, for the tests and the benchmarks of the order: tables are made on demand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from hashlib import sha256
 
@@ -12,9 +12,6 @@ from sora_train.data.shard_table import ShardTable
 
 # By clip numbers, their frames.
 Frames = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-RAGGED = ("keys", "caption_kind", "caption_bytes")
-# A key is the number of the clip in the data set.
-DIGITS = 10
 
 
 def mixed(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -31,7 +28,7 @@ class Simulated:
             tuple(ShardEntry(f"{name}{i}.tar", 0, "", clips_per_shard) for i in range(num_shards))
         )
         row = IndexRow(
-            key="0" * DIGITS,
+            key=f"{0:010}x0000",
             medium="mp4",
             medium_offset=0,
             medium_size=0,
@@ -49,14 +46,20 @@ class Simulated:
         }
         ends = {name: np.cumsum(columns[name]) for name in ("key_ends", "caption_ends")}
         self.template = ShardTable(**(columns | ends))
+        self.places = np.array([[ord(digit) for digit in f"{i:04}"] for i in range(clips_per_shard)], dtype=np.uint8)
         self.loads: list[int] = []
+
+    def tables(self, shards: Iterable[int]) -> Iterator[ShardTable]:
+        return map(self.table, shards)
 
     def table(self, shard: int) -> ShardTable:
         self.loads.append(shard)
-        numbers = shard * self.clips_per_shard + np.arange(self.clips_per_shard)
-        digits = numbers[:, None] // 10 ** np.arange(DIGITS - 1, -1, -1) % 10 + ord("0")
+        count, first = self.clips_per_shard, shard * self.clips_per_shard
+        # The number of the first clip, and how far behind it a clip stands.
+        keys = np.frombuffer(f"{first:010}x0000".encode() * count, dtype=np.uint8).reshape(count, -1).copy()
+        keys[:, -4:] = self.places
         seed = int.from_bytes(sha256(f"{self.name} {shard}".encode()).digest()[:8], "little")
-        sources = np.random.Generator(np.random.Philox(seed)).bytes(32 * (self.clips_per_shard // 2 + 1))
-        source = np.repeat(np.frombuffer(sources, dtype=np.uint8).reshape(-1, 32), 2, axis=0)[: len(numbers)]
-        keys, num_frames = digits.astype(np.uint8).ravel(), self.frames(numbers)
-        return replace(self.template, keys=keys, num_frames=num_frames, source=source)
+        sources = np.random.Generator(np.random.Philox(seed)).bytes(32 * (count // 2 + 1))
+        source = np.repeat(np.frombuffer(sources, dtype=np.uint8).reshape(-1, 32), 2, axis=0)[:count]
+        num_frames = self.frames(first + np.arange(count))
+        return replace(self.template, keys=keys.ravel(), num_frames=num_frames, source=source)
