@@ -116,16 +116,21 @@ def compute_totals(dataset: Dataset, rule: Rule) -> Totals:
     return Totals(tokens, clips, num_held_out, extent, longest)
 
 
+def cache_folder(cache_dir: str) -> Path:
+    """The folder of data.cache_dir; the user's own where that is empty."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sora_train"
+    return Path(cache_dir) if cache_dir else default
+
+
 def cache_path(manifest: DatasetManifest, rule: Rule, cache_dir: str) -> Path:
     """The file of these totals: its name is the hash of all that they depend on."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sora_train"
     media = rule.selection.media.value
     what = [VERSION, asdict(rule.size), asdict(rule.stride), rule.selection.held_out_fraction, media]
     digest = hashlib.sha256(json.dumps(what).encode())
     for entry in manifest.shards:
         hashes = f"{entry.sha256} {entry.index_sha256}"
         digest.update(f"\n{entry.name} {entry.num_bytes} {entry.num_samples} {hashes}".encode())
-    return (Path(cache_dir) if cache_dir else default) / f"totals-{digest.hexdigest()}.safetensors"
+    return cache_folder(cache_dir) / f"totals-{digest.hexdigest()}.safetensors"
 
 
 def _read(path: Path, num_shards: int) -> Totals:
