@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 
 from data_pipelines.reporting.survey import Survey
@@ -57,6 +58,8 @@ def show(dataset: Dataset, survey: Survey, config: SizeConfig, stride: Stride, c
     try:
         size = clip_size(row, config, stride)
         data = dataset.read(shard, row.medium_offset, row.medium_size)
+        if row.medium_xxh3 and xxhash.xxh3_64_intdigest(data) != row.medium_xxh3:
+            raise DecodeError("hash", "not the bytes that were indexed")
         frames = decode_clip(data, row, strip(size)) if row.latent_shape is None else latent_pictures(data)
         pictures = tuple(data_uri(frame) for frame in frames)
     except (DecodeError, OSError, ValueError) as error:
@@ -124,8 +127,10 @@ def latent_pictures(data: bytes) -> Frames:
     frames = latents[:, sorted({0, (latents.shape[1] - 1) // 2, latents.shape[1] - 1})]
     low, high = torch.quantile(frames, torch.tensor([0.01, 0.99])).tolist()
     levels = ((frames - low) / max(high - low, 1e-6)).clamp(0, 1) * 255
-    pixels = levels.byte().permute(1, 2, 3, 0)
-    return pixels.expand(-1, -1, -1, 3).contiguous().numpy() if pixels.shape[-1] == 1 else pixels.contiguous().numpy()
+    larger = max(1, _THUMBNAIL[1] // levels.shape[2])
+    pixels = levels.byte().repeat_interleave(larger, 2).repeat_interleave(larger, 3).permute(1, 2, 3, 0)
+    # Of a codec of one or two channels, the first alone as gray.
+    return (pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(1, 1, 1, 3)).contiguous().numpy()
 
 
 def data_uri(pixels: Frames) -> str:

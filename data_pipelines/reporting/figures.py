@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
 _MAGNITUDES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _INCHES = (4.3, 2.3)  # the page scales them
 _BINS = 40
-_ASPECTS = {"9:16": 9 / 16, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "16:9": 16 / 9, "2.4:1": 2.4}
+_ASPECTS = {"1:4": 0.25, "9:16": 9 / 16, "3:4": 0.75, "1:1": 1.0, "4:3": 4 / 3, "16:9": 16 / 9, "4:1": 4.0}
 
 Values = NDArray[np.float64]
 
@@ -58,22 +58,21 @@ def histogram(
     """Counts of values, stacked by series, as an SVG element; empty when there are no values.
 
     Args:
-        series: values by name, at most six names; a single one gets no legend.
+        series: values by name, at most six names, whose order gives them their colors; a single one gets no legend.
         label: what is counted, with its unit.
         log: bins of equal ratio, for values over 0 that spread wide.
         limit: a value to draw a line at, and its name; left out where it lies far beyond all values.
     """
-    named = _present(series)
-    if not named:
+    named, values = _columns(series)
+    if not len(values):
         return ""
-    values = np.concatenate(list(named.values()))
     low, high = float(values.min()), float(values.max())
     with matplotlib.rc_context(_STYLE):
         figure, axes = _chart(label)
         if log and low > 0 and high > 3 * low:
             edges = np.geomspace(low, high, _BINS + 1)
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
             axes.xaxis.set_minor_locator(NullLocator())
         else:
             edges = np.linspace(low, high, _BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
@@ -90,16 +89,16 @@ def histogram(
 
 def aspects(series: Mapping[str, ArrayLike]) -> str:
     """Counts of width over height, on an axis on which 9:16 and 16:9 lie equally far from 1:1."""
-    named = _present(series)
-    if not named:
+    named, values = _columns(series)
+    if not len(values):
         return ""
-    values = np.concatenate(list(named.values()))
     low, high = min(0.5, float(values.min())), max(2.0, float(values.max()))
     with matplotlib.rc_context(_STYLE):
         figure, axes = _chart("width : height")
         axes.set_xscale("log")
         _draw(axes, named, np.geomspace(low, high, _BINS + 1))
-        axes.xaxis.set_major_locator(FixedLocator(list(_ASPECTS.values())))
+        marks = {name: value for name, value in _ASPECTS.items() if high < 5 * low or name not in ("3:4", "4:3")}
+        axes.xaxis.set_major_locator(FixedLocator(list(marks.values())))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _aspect_name(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         return _svg(figure)
@@ -114,9 +113,10 @@ def short(number: float) -> str:
     return f"{number / size:.{digits}f}".rstrip("0").rstrip(".") + letter if digits else f"{number / size:.0f}{letter}"
 
 
-def _present(series: Mapping[str, ArrayLike]) -> dict[str, Values]:
-    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in series.items()}
-    return {name: array for name, array in arrays.items() if len(array)}
+def _columns(series: Mapping[str, ArrayLike]) -> tuple[dict[str, Values], Values]:
+    """By name, and all together."""
+    named = {name: np.asarray(values, dtype=np.float64) for name, values in series.items()}
+    return named, np.concatenate([*named.values(), np.zeros(0)])
 
 
 def _chart(label: str) -> tuple[Figure, Axes]:
@@ -131,10 +131,12 @@ def _chart(label: str) -> tuple[Figure, Axes]:
 
 
 def _draw(axes: Axes, named: dict[str, Values], edges: Values) -> None:
-    colors = _SERIES[: len(named)]
-    axes.hist(list(named.values()), edges.tolist(), stacked=True, color=colors, label=list(named), rwidth=0.92)
+    # A name has its color by its place in the series, in every chart the same, whether or not others have values.
+    colors = {name: color for (name, values), color in zip(named.items(), _SERIES, strict=False) if len(values)}
+    stacks = [named[name] for name in colors]
+    axes.hist(stacks, edges.tolist(), stacked=True, color=list(colors.values()), label=list(colors), rwidth=0.92)
     if len(named) > 1:
-        ncols = 3 if sum(map(len, named)) <= 30 else 2
+        ncols = 3 if sum(map(len, colors)) <= 30 else 2
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, borderaxespad=0.2, borderpad=0)
 
 

@@ -1,8 +1,10 @@
 """What did not become part of a data set, by reason: from what curation and index leave beside the shards."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from sora_train.data.index import Dataset
 from sora_train.data.schema import REJECTS_NAME
@@ -13,44 +15,42 @@ _MOST_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class RejectCount:
-    """Rejects of one stage for one reason."""
+    """Lines of one stage and one reason."""
 
     stage: str
     reason: str
+    is_note: bool  # on what is in the index all the same
     count: int
     example: str
 
 
+# Stage, reason, whether a note.
+Kind = tuple[str, str, bool]
+
+
 def count_rejects(dataset: Dataset) -> list[RejectCount]:
     """The most frequent first; none where there is no list. A line that is no reject counts as `unreadable line`."""
-    counts: dict[tuple[str, str], int] = {}
-    examples: dict[tuple[str, str], str] = {}
+    counts: Counter[Kind] = Counter()
+    examples: dict[Kind, str] = {}
     for name, read in ((CURATION_REJECTS, _of_curation), (REJECTS_NAME, _of_index)):
         for line in _lines(dataset, name):
-            stage, reason, example = _read(line, read, name)
-            counts[stage, reason] = counts.get((stage, reason), 0) + 1
-            examples.setdefault((stage, reason), example[:_MOST_CHARACTERS])
-    found = [RejectCount(stage, reason, count, examples[stage, reason]) for (stage, reason), count in counts.items()]
-    return sorted(found, key=lambda item: (-item.count, item.stage, item.reason))
+            try:
+                kind, example = read(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                kind, example = (name, "unreadable line", False), line.decode(errors="replace")
+            counts[kind] += 1
+            examples.setdefault(kind, example[:_MOST_CHARACTERS])
+    return [RejectCount(*kind, count, examples[kind]) for kind, count in counts.most_common()]
 
 
-Reading = tuple[str, str, str]  # stage, reason, example
-
-
-def _read(line: bytes, read: Callable[[dict[str, str]], Reading], name: str) -> Reading:
-    try:
-        return read(json.loads(line))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return name, "unreadable line", line.decode(errors="replace")
-
-
-def _of_curation(values: dict[str, str]) -> Reading:
+def _of_curation(values: dict[str, Any]) -> tuple[Kind, str]:
     # "too small: 20x30 under min_side=32" counts as "too small".
-    return values["stage"], values["reason"].partition(":")[0], f"{values['path']}: {values['reason']}"
+    return (values["stage"], values["reason"].partition(":")[0], False), f"{values['path']}: {values['reason']}"
 
 
-def _of_index(values: dict[str, str]) -> Reading:
-    return "index", values["reason"], f"{values['key']} of {values['shard']}: {values['detail']}"
+def _of_index(values: dict[str, Any]) -> tuple[Kind, str]:
+    where = f"{values['key']} of {values['shard']}" if values["key"] else values["shard"]
+    return ("index", values["reason"], not values["is_sample"]), f"{where}: {values['detail']}"
 
 
 def _lines(dataset: Dataset, name: str) -> Iterator[bytes]:
