@@ -52,7 +52,7 @@ def main(config: IndexConfig) -> None:
     manifest, rejects = build_index(config, console)
     if rejects:
         console.print(rejects_table(rejects))
-        print(f"each by name: {config.shards}/{REJECTS_NAME}")
+        print(f"each by name: {config.shards}/{REJECTS_NAME} (notes leave their sample in the index)")
     total = manifest.num_samples + manifest.num_rejected
     print(
         f"{config.shards}/{MANIFEST_NAME}: {total} samples in {len(manifest.shards)} shards = "
@@ -196,7 +196,7 @@ def progress_bar(what: str, total: int, console: Console) -> Iterator[Callable[[
 
 def rejects_table(rejects: Sequence[Reject]) -> Table:
     """How many of each reason."""
-    table = Table(caption="notes leave every sample in the index")
+    table = Table()
     for name in ("reason", "samples", "notes"):
         table.add_column(name, justify="left" if name == "reason" else "right")
     counts = Counter((reject.reason, reject.is_sample) for reject in rejects)

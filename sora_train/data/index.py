@@ -23,6 +23,7 @@ from sora_train.data.shard_table import ShardTable
 CACHED_SHARDS = 64
 # Index files that are fetched at a time: most of the wait is for the first byte.
 FETCHED_AT_ONCE = 16
+FETCHED_AHEAD = 64
 
 
 class Dataset:
@@ -42,7 +43,7 @@ class Dataset:
         """
         remaining = iter(shards)
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-            while batch := list(islice(remaining, CACHED_SHARDS)):
+            while batch := list(islice(remaining, FETCHED_AHEAD)):
                 yield from map(self._parse, batch, pool.map(self._fetch, batch))
 
     def _load_table(self, shard: int) -> ShardTable:

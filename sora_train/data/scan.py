@@ -16,33 +16,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import xxhash
 
-from sora_train.data.caption_text import (
-    CaptionError,
-    clean_text,
-    decode_text,
-    foreign_text,
-    is_record,
-    read_json,
-    read_record,
-    usable_text,
-)
-from sora_train.data.precomputed_header import LatentsHeader, TextHeader, latents_header, text_header
-from sora_train.data.probe import DecodeError, MediaFacts, probe_media
-from sora_train.data.schema import (
-    LATENT_SUFFIX,
-    MEDIA,
-    TEXT_SUFFIX,
-    CaptionEntry,
-    CaptionsIn,
-    IndexRow,
-    Origin,
-    Source,
-    Style,
-)
+from sora_train.data.precomputed_header import latents_header, text_header
+from sora_train.data.probe import DecodeError, probe_media
+from sora_train.data.sample_members import Sample
+from sora_train.data.schema import LATENT_SUFFIX, MEDIA, TEXT_SUFFIX, IndexRow
 from sora_train.data.tar_members import Member, Readable, TarEnd, TarReader
 
 KEY = re.compile(r"[A-Za-z0-9_/-]{1,512}")
@@ -50,7 +31,6 @@ KEY = re.compile(r"[A-Za-z0-9_/-]{1,512}")
 MAX_MEDIUM_BYTES = 2 << 30
 MAX_TEXT_BYTES = 4 << 20
 _KNOWN = (*MEDIA, TEXT_SUFFIX, "json", "txt")
-FOREIGN_KIND = f"{Origin.original.value}/{Style.short.value}"
 
 
 @dataclass(frozen=True)
@@ -93,34 +73,6 @@ class Watch:
         """The medium of a sample is opened now; empty: it has been."""
 
 
-@dataclass
-class _Sample:
-    """What is known of a sample before its shard has been read to the end."""
-
-    key: str
-    reason: str = ""  # the first trouble; empty while there is none
-    detail: str = ""
-    is_dotted: bool = False
-    suffixes: set[str] = field(default_factory=set)
-    medium: str = ""
-    medium_member: Member | None = None
-    xxh3: int = 0
-    sha256: str = ""
-    facts: MediaFacts | None = None
-    latents: LatentsHeader | None = None
-    json_member: Member | None = None
-    text_member: Member | None = None
-    rows_member: Member | None = None
-    rows: TextHeader | None = None
-    captions_in: CaptionsIn = CaptionsIn.nowhere
-    captions: tuple[CaptionEntry, ...] = ()
-    source: Source | None = None
-
-    def reject(self, reason: str, detail: str) -> None:
-        if not self.reason:
-            self.reason, self.detail = reason, detail
-
-
 def scan_shard(file: Readable, shard: str, caption_fields: Sequence[str], watch: Watch) -> ShardScan:
     """Reads a tar once, from its beginning to its end.
 
@@ -146,9 +98,9 @@ class _Scan:
         self.shard = shard
         self.caption_fields = caption_fields
         self.watch = watch
-        self.samples: list[_Sample] = []
-        self.by_key: dict[str, _Sample] = {}  # the latest of each key
-        self.last: _Sample | None = None
+        self.samples: list[Sample] = []
+        self.by_key: dict[str, Sample] = {}  # the latest of each key
+        self.last: Sample | None = None
         self.ignored: Counter[str] = Counter()
         self.notes: list[Reject] = []
 
@@ -180,12 +132,12 @@ class _Scan:
         else:
             sample.text_member = member
 
-    def _sample(self, key: str, suffix: str, is_dotted: bool) -> _Sample:
+    def _sample(self, key: str, suffix: str, is_dotted: bool) -> Sample:
         sample = self.by_key.get(key)
         if sample is not None and suffix not in sample.suffixes:
             return sample
         is_repeated = sample is not None
-        sample = _Sample(key, is_dotted=is_dotted)
+        sample = Sample(key, is_dotted=is_dotted)
         if is_repeated:
             sample.reject("duplicate_key", f"{suffix} for the second time: the first is kept")
         elif is_dotted:
@@ -196,7 +148,7 @@ class _Scan:
         self.by_key[key] = sample
         return sample
 
-    def _take_medium(self, sample: _Sample, suffix: str, member: Member) -> None:
+    def _take_medium(self, sample: Sample, suffix: str, member: Member) -> None:
         if sample.medium:
             sample.reject("two_media", f"{sample.medium} and {suffix}")
             return
@@ -223,7 +175,7 @@ class _Scan:
             sample.sha256 = hashlib.sha256(member.data).hexdigest()
         sample.medium_member = _without_data(member)
 
-    def _take_rows(self, sample: _Sample, member: Member) -> None:
+    def _take_rows(self, sample: Sample, member: Member) -> None:
         assert member.data is not None
         try:
             sample.rows, sample.rows_member = text_header(member.data), _without_data(member)
@@ -244,10 +196,12 @@ class _Scan:
             self.notes.append(Reject(self.shard, "", "ignored_member", detail, is_sample=False))
         for sample in samples:
             if not sample.reason:
-                self._check(sample)
+                for i, num_characters in sample.resolve(self.caption_fields):
+                    detail = f"caption {i} has {num_characters} characters and is left out"
+                    self.notes.append(Reject(self.shard, sample.key, "caption_too_long", detail, is_sample=False))
         self._check_captions_are_there(samples)
         return ShardScan(
-            rows=tuple(_row(sample) for sample in samples if not sample.reason),
+            rows=tuple(sample.row() for sample in samples if not sample.reason),
             rejects=(
                 *(Reject(self.shard, s.key[:600], s.reason, s.detail[:600]) for s in samples if s.reason),
                 *self.notes,
@@ -271,48 +225,7 @@ class _Scan:
         folder, slash, name = key.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
-    def _check(self, sample: _Sample) -> None:
-        try:
-            if not sample.medium:
-                suffixes = ", ".join(sorted(sample.suffixes))
-                sample.reject("no_medium", f"has {suffixes[:200]}; the media are {', '.join(MEDIA)}")
-                return
-            self._read_captions(sample)
-        except CaptionError as error:
-            sample.reject(error.reason, error.detail)
-            return
-        if sample.rows is not None and len(sample.rows.captions) != len(sample.captions):
-            detail = f"rows for {len(sample.rows.captions)} captions, the sample has {len(sample.captions)}"
-            sample.reject("malformed_text_rows", detail)
-
-    def _read_captions(self, sample: _Sample) -> None:
-        """As data.caption_text.read_captions will, from the member that the row names."""
-        if sample.json_member is not None:
-            assert sample.json_member.data is not None
-            values = read_json(sample.json_member.data)
-            if is_record(values, self.caption_fields):
-                record = read_record(sample.json_member.data)
-                sample.captions_in, sample.source = CaptionsIn.record, record.source
-                self._keep(sample, [(caption.kind, caption.text) for caption in record.captions])
-                _check_facts(sample, record.num_frames, record.height, record.width)
-                return
-            if sample.text_member is None or any(name in values for name in self.caption_fields):
-                sample.captions_in = CaptionsIn.field
-                self._keep(sample, [(FOREIGN_KIND, foreign_text(values, self.caption_fields))])
-                return
-        if sample.text_member is not None:
-            assert sample.text_member.data is not None
-            sample.captions_in = CaptionsIn.text
-            self._keep(sample, [(FOREIGN_KIND, decode_text(sample.text_member.data))])
-
-    def _keep(self, sample: _Sample, texts: list[tuple[str, str]]) -> None:
-        sample.captions = tuple(CaptionEntry(kind, len(usable_text(text).encode())) for kind, text in texts)
-        for i, (entry, (_, text)) in enumerate(zip(sample.captions, texts, strict=True)):
-            if entry.num_bytes == 0 and clean_text(text):
-                detail = f"caption {i} has {len(text)} characters and is left out"
-                self.notes.append(Reject(self.shard, sample.key, "caption_too_long", detail, is_sample=False))
-
-    def _check_captions_are_there(self, samples: list[_Sample]) -> None:
+    def _check_captions_are_there(self, samples: list[Sample]) -> None:
         """Media alone are a data set too; in a shard that has captions, a sample without has lost them."""
         has_json = any("json" in sample.suffixes for sample in samples)
         has_text = any("txt" in sample.suffixes for sample in samples)
@@ -334,50 +247,6 @@ def split_name(name: str) -> tuple[str, str, bool]:
             if suffix.endswith(f".{known}"):
                 return folder + slash + base[: -len(known) - 1], known, True
     return folder + slash + stem, suffix, False
-
-
-def _check_facts(sample: _Sample, num_frames: int, height: int, width: int) -> None:
-    """A record that says another thing than the medium: one of them is damaged."""
-    found = sample.facts or sample.latents
-    assert found is not None
-    if found.num_frames != num_frames:
-        sample.reject("frame_count", f"{found.num_frames} frames, the record says {num_frames}")
-    if (found.height, found.width) != (height, width):
-        sample.reject("frame_size", f"{found.height}x{found.width}, the record says {height}x{width}")
-
-
-def _row(sample: _Sample) -> IndexRow:
-    medium, latents, facts = sample.medium_member, sample.latents, sample.facts
-    found = facts or latents
-    assert medium is not None
-    assert found is not None
-    holder = sample.text_member if sample.captions_in is CaptionsIn.text else sample.json_member
-    if sample.captions_in is CaptionsIn.nowhere:
-        holder = None
-    return IndexRow(
-        key=sample.key,
-        medium=sample.medium,
-        medium_offset=medium.offset,
-        medium_size=medium.size,
-        num_frames=found.num_frames,
-        fps=found.fps,
-        height=found.height,
-        width=found.width,
-        duration_seconds=facts.duration_seconds if facts else found.num_frames / found.fps if found.fps else 0.0,
-        # Where nobody says what a clip was cut from, its bytes stand for it: copies of a file are then held out, or
-        # trained on, together, whatever their keys and shards.
-        source_sha256=sample.source.sha256 if sample.source else sample.sha256,
-        captions=sample.captions,
-        medium_xxh3=sample.xxh3,
-        captions_in=sample.captions_in,
-        record_offset=holder.offset if holder else 0,
-        record_size=holder.size if holder else 0,
-        text_offset=sample.rows_member.offset if sample.rows_member else 0,
-        text_size=sample.rows_member.size if sample.rows_member else 0,
-        rotation=facts.rotation if facts else 0,
-        is_variable_rate=facts.is_variable_rate if facts else False,
-        latent_shape=latents.shape if latents else None,
-    )
 
 
 def _without_data(member: Member) -> Member:
