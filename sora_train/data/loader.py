@@ -1,37 +1,39 @@
 """Hands each rank its packs, step after step, from any step on. Nothing is remembered: resume is `packs(step)`.
 
-Order.batch(step) -> assign(...) -> this rank's PackPlans        in the training process: arithmetic
-PackReader.read(plan) -> frames, noise, t, captions              in worker processes, ahead across steps
+Order.batch(step) -> assign(...) -> this rank's PackPlans        in a planning thread, ahead: arithmetic
+SampleReader.read(task) -> frames, noise, t, captions            in decoding processes (stream.py), ahead across steps
+Assembly.build(...) -> Pack                                      views of the memory that they have filled
 """
 
-import atexit
-import multiprocessing
-import os
-import signal
-import sys
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
-from typing import Any
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from weakref import finalize
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sora_train.config.data import DataConfig
 from sora_train.config.diffusion import TimestepConfig
-from sora_train.config.model import ModelConfig
+from sora_train.config.model import ModelConfig, TextKind
 from sora_train.config.root import ConfigError
 from sora_train.cost.flops import step_flops, text_tokens
-from sora_train.data.clip import check_decoder
+from sora_train.data.index import Dataset
 from sora_train.data.order import GlobalBatch, Order, PlannedSample, open_datasets
-from sora_train.data.pack import FlatPack, Pack, PackReader
+from sora_train.data.pack import Assembly, Failure, Pack
 from sora_train.data.packing import PackPlan, assign
+from sora_train.data.sample import Facts, SampleError, SampleReader, Source, Task, Unwatched, places_of
+from sora_train.data.shard_cache import ShardCache
+from sora_train.data.stream import Job, Lost, Pool
+from sora_train.data.totals import cache_folder
 from sora_train.encoders.codec_shape import CodecShape
 
 __all__ = ["Loader", "Pack", "build_loader"]
+
+GIB = 1 << 30
+# By step, (shard, key) of the clips that are not to be read in it: they failed when it was first done.
+Masked = Mapping[int, frozenset[tuple[str, str]]]
 
 
 def build_loader(
@@ -42,34 +44,73 @@ def build_loader(
     seed: int,
     global_rank: int,
     world_size: int,
+    *,
+    masked: Masked | None = None,
+    codec_identity: str | None = None,
+    text_identity: str | None = None,
 ) -> "Loader":
-    """Opens the data set and checks every clip of it against the sizes. Starts no process yet.
+    """Starts the decoding processes, opens the data sets and checks every clip against the sizes.
+
+    Args:
+        masked: clips that failed when a step was first done, as the ledger tells them; they fail again unread, and
+            are not told of again.
+        codec_identity: of the run's codec; needed where shards hold latents.
+        text_identity: of the run's text encoder; needed where shards hold its rows.
 
     Raises:
-        ConfigError: see `Order`; or settings of the loader that cannot work.
+        ConfigError: see `Order`; latents or text rows made by another encoder than the run's; or settings of the
+            loader that cannot work.
     """
-    for name, value, least in (("workers", config.workers, 0), ("read_ahead", config.read_ahead, 1)):
-        if value < least:
-            raise ConfigError(f"data.{name}={value}: choose {least} or more")
-    check_decoder()
-    order = Order(open_datasets(config), config, model, codec, seed)
-    order.refuse_over(config.max_tokens_per_pack, "data.max_tokens_per_pack")
-    patch = (model.patch_height, model.patch_width)
-    reader = PackReader(order.datasets, timesteps, seed, order.stride, codec.channels, patch)
-    return Loader(order, reader, config, global_rank, world_size)
+    _check(config)
+    # While the data sets are opened, the children load what they need.
+    pool = Pool(config.workers, config.stall_seconds, int(config.worker_memory_gib * GIB)) if config.workers else None
+    try:
+        datasets = open_datasets(config)
+        for name, dataset in datasets.items():
+            _check_encoders(name, dataset, model, codec_identity, text_identity)
+        order = Order(datasets, config, model, codec, seed)
+        order.refuse_over(config.max_tokens_per_pack, "data.max_tokens_per_pack")
+        cache = ShardCache(cache_folder(config.cache_dir) / "shards", int(config.cache_gib * GIB))
+        reader = SampleReader(
+            tuple(Source(item.files, item.folder, item.manifest.caption_fields) for item in order.datasets),
+            timesteps,
+            config.captions,
+            seed,
+            cache if config.cache_gib > 0 else None,
+        )
+        patch = (model.patch_height, model.patch_width)
+        assembly = Assembly(timesteps, seed, order.stride, codec.channels, patch)
+        if pool is not None:
+            pool.open(reader)
+        return Loader(order, reader, assembly, pool, config, global_rank, world_size, masked or {})
+    except BaseException:
+        if pool is not None:
+            pool.close()
+        raise
 
 
 class Loader:
-    """The packs of one rank. Its only state is the step that its workers have read ahead from."""
+    """The packs of one rank. Its only state is the step that it has read ahead from."""
 
-    def __init__(self, order: Order, reader: PackReader, config: DataConfig, global_rank: int, world_size: int) -> None:
-        self.order = order
-        self.reader = reader
-        self.config = config
+    def __init__(
+        self,
+        order: Order,
+        reader: SampleReader,
+        assembly: Assembly,
+        pool: Pool | None,
+        config: DataConfig,
+        global_rank: int,
+        world_size: int,
+        masked: Masked,
+    ) -> None:
+        """`pool`: None reads in this process."""
+        self.order, self.reader, self.assembly, self.pool = order, reader, assembly, pool
+        self.config, self.masked = config, masked
         self.global_rank, self.world_size = global_rank, world_size
-        self._stream: Iterator[FlatPack] | None = None
+        self._ahead: _ReadAhead | None = None
         self._next_step: int | None = None
-        self._workers: list[BaseProcess] = []
+        # Also when the program ends, or forgets the loader.
+        self._end = finalize(self, pool.close) if pool is not None else lambda: None
 
     def plans(self, step: int) -> list[PackPlan]:
         """What this rank does in a step: one plan a micro-step, as many as on every rank."""
@@ -84,23 +125,28 @@ class Loader:
         return step_flops(model, sample.num_tokens, text_tokens(model, sample.text_bytes))
 
     def packs(self, step: int) -> Iterator[Pack]:
-        """The packs of a step. Steps in a row are read ahead; another step starts the workers anew.
+        """The packs of a step. Steps in a row are read ahead; another step starts reading anew.
 
         Raises:
-            RuntimeError: a worker process died.
+            RuntimeError: decoding processes cannot start, or die one after the other.
+            ConfigError: what the plan of a step needs (an index, say) is no longer there.
         """
-        if self._stream is None or self._next_step != step:
-            self.close()
-            self._stream = self._start(step)
+        if self.pool is None:
+            for plan in self.plans(step):
+                yield self._read(plan)
+            return
+        if self._ahead is None or self._next_step != step:
+            self._leave()
+            self._ahead = _ReadAhead(self.pool, self.plans, self._tasks, step, self.config.read_ahead)
         # Not known until the step has been taken to its end: a caller may leave half-way.
         self._next_step = None
-        for flat in self._stream:
-            pack = flat.unflatten()
-            if pack.is_last:
+        is_last = False
+        while not is_last:
+            plan, job = self._ahead.take()
+            pack, is_last = self._collect(self.pool, plan, job), plan.is_last
+            if is_last:
                 self._next_step = step + 1
             yield pack
-            if pack.is_last:
-                return
 
     def validation_packs(self, num_clips: int) -> list[Pack]:
         """Held-out clips with draws that never change, spread over ranks; the same number of packs on each rank.
@@ -112,97 +158,142 @@ class Loader:
             return []
         limit = self.config.max_tokens_per_pack
         micro_steps = assign(GlobalBatch(samples[0].step, samples), self.world_size, limit, self.training_flops)
-        return [self.reader.read(packs[self.global_rank]).unflatten() for packs in micro_steps]
+        plans = [packs[self.global_rank] for packs in micro_steps]
+        if self.pool is None:
+            return [self._read(plan) for plan in plans]
+        jobs = [self.pool.submit(self._tasks(plan), is_urgent=True) for plan in plans]
+        return [self._collect(self.pool, plan, job) for plan, job in zip(plans, jobs, strict=True)]
 
     def close(self) -> None:
-        """Ends the worker processes; `packs` starts them again."""
-        self._stream = None  # DataLoader ends its workers when its iterator is dropped
-        self._next_step = None
-        for worker in self._workers:
-            # Something may still hold the iterator, the frame of an error above all. Workers are deaf to SIGTERM,
-            # with which Python would end them, so one that stays would keep the program from ending.
-            if self._is_left(worker):
-                worker.kill()
-        self._workers = []
-        atexit.unregister(self.close)
+        """Ends the decoding processes; the loader is of no use afterwards."""
+        self._leave()
+        self._end()
 
-    @staticmethod
-    def _is_left(worker: BaseProcess) -> bool:
-        worker.join(timeout=0.5)
-        return worker.is_alive()
+    def _leave(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = self._next_step = None
 
-    def _start(self, step: int) -> Iterator[FlatPack]:
-        workers = self.config.workers
-        loader: DataLoader[FlatPack] = DataLoader(
-            _Reads(self.reader),
-            batch_size=None,
-            sampler=_PlansFrom(self, step),
-            collate_fn=_as_is,
-            num_workers=workers,
-            prefetch_factor=self.config.read_ahead if workers else None,
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_start_worker if workers else None,
+    def _tasks(self, plan: PackPlan) -> list[Task | None]:
+        masked = self.masked.get(plan.step, frozenset())
+        tasks = []
+        for sample in plan.samples:
+            is_masked = masked and (self._shard_name(sample), sample.row.key) in masked
+            shard = self.order.datasets[sample.dataset].manifest.shards[sample.shard]
+            tasks.append(None if is_masked else Task(sample, shard))
+        return tasks
+
+    def _shard_name(self, sample: PlannedSample) -> str:
+        name = self.order.datasets[sample.dataset].manifest.shards[sample.shard].name
+        return name if len(self.order.names) == 1 else f"{self.order.names[sample.dataset]}/{name}"
+
+    def _collect(self, pool: Pool, plan: PackPlan, job: Job) -> Pack:
+        memory = pool.wait(job)
+        parts, failures, facts = [], [], []
+        for sample, start, outcome in zip(plan.samples, job.starts, job.outcomes, strict=True):
+            known = outcome if isinstance(outcome, Facts) else None
+            facts.append(known)
+            parts.append(None if known is None or memory is None else memory[start:][: places_of(sample).num_bytes])
+            if isinstance(outcome, Lost):
+                failures.append(Failure(sample.row.key, self._shard_name(sample), outcome.reason))
+        return self.assembly.build(plan, facts, parts, failures)
+
+    def _read(self, plan: PackPlan) -> Pack:
+        parts: list[torch.Tensor | None] = []
+        facts: list[Facts | None] = []
+        failures = []
+        for sample, task in zip(plan.samples, self._tasks(plan), strict=True):
+            part, known = None, None
+            if task is not None:
+                memory = np.empty(places_of(sample).num_bytes, dtype=np.uint8)
+                try:
+                    part, known = torch.from_numpy(memory), self.reader.read(task, memory, Unwatched())
+                except SampleError as error:
+                    failures.append(Failure(sample.row.key, self._shard_name(sample), error.reason))
+            parts.append(part)
+            facts.append(known)
+        return self.assembly.build(plan, facts, parts, failures)
+
+
+class _ReadAhead:
+    """This rank's packs from a step on, without end: planned in a thread, asked for ahead of being taken."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        plans: Callable[[int], list[PackPlan]],
+        tasks: Callable[[PackPlan], list[Task | None]],
+        step: int,
+        depth: int,
+    ) -> None:
+        """`depth`: packs that are asked for and not taken."""
+        self._pool, self._plans, self._tasks = pool, plans, tasks
+        self._asked: queue.SimpleQueue[tuple[PackPlan, Job] | BaseException] = queue.SimpleQueue()
+        self._room = threading.Semaphore(depth)
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._plan, args=(step,), name="planning", daemon=True)
+        self._thread.start()
+
+    def _plan(self, step: int) -> None:
+        try:
+            for number in count(step):
+                for plan in self._plans(number):
+                    self._room.acquire()
+                    if self._is_closed:
+                        return
+                    self._asked.put((plan, self._pool.submit(self._tasks(plan))))
+        except BaseException as error:
+            self._asked.put(error)
+
+    def take(self) -> tuple[PackPlan, Job]:
+        """The next. Raises whatever planning it raised."""
+        asked = self._asked.get()
+        if isinstance(asked, BaseException):
+            raise asked
+        self._room.release()
+        return asked
+
+    def close(self) -> None:
+        """Lets go of what nobody took."""
+        self._is_closed = True
+        self._room.release()
+        self._thread.join()
+        jobs = []
+        while not self._asked.empty():
+            asked = self._asked.get()
+            if not isinstance(asked, BaseException):
+                jobs.append(asked[1])
+        self._pool.drop(jobs)
+
+
+def _check(config: DataConfig) -> None:
+    for name, value, least in (("workers", config.workers, 0), ("read_ahead", config.read_ahead, 1)):
+        if value < least:
+            raise ConfigError(f"data.{name}={value}: choose {least} or more")
+    for name, seconds in (("stall_seconds", config.stall_seconds), ("worker_memory_gib", config.worker_memory_gib)):
+        if not seconds > 0:
+            raise ConfigError(f"data.{name}={seconds}: choose more than 0")
+    if not config.cache_gib >= 0:
+        raise ConfigError(f"data.cache_gib={config.cache_gib}: choose 0 or more")
+
+
+def _check_encoders(
+    name: str, dataset: Dataset, model: ModelConfig, codec_identity: str | None, text_identity: str | None
+) -> None:
+    """Latents and text rows mean something to the encoder that made them alone."""
+    manifest = dataset.manifest
+    if manifest.text_encoders and model.text.kind is TextKind.bytes:
+        raise ConfigError(
+            f"data set {name} has text rows of {', '.join(manifest.text_encoders)}, but model.text.kind=bytes reads "
+            "captions: set model.text.kind=encoder, or index shards without text rows"
         )
-        others = multiprocessing.active_children()
-        with _without_main_module(), _children_deaf_to_signals():
-            stream = iter(loader)
-        self._workers = [process for process in multiprocessing.active_children() if process not in others]
-        atexit.register(self.close)
-        return stream
-
-
-class _Reads(Dataset[FlatPack]):
-    """Indexed by plans: DataLoader hands what the sampler yields to a worker, and returns results in that order."""
-
-    def __init__(self, reader: PackReader) -> None:
-        self.reader = reader
-
-    def __getitem__(self, plan: PackPlan) -> FlatPack:
-        return self.reader.read(plan)
-
-
-class _PlansFrom(Sampler[PackPlan]):
-    """This rank's plans from a step on, without end."""
-
-    def __init__(self, loader: Loader, step: int) -> None:
-        self.plans, self.step = loader.plans, step
-
-    def __iter__(self) -> Iterator[PackPlan]:
-        step = self.step
-        while True:
-            yield from self.plans(step)
-            step += 1
-
-
-def _as_is(pack: Any) -> Any:
-    return pack
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    # Last thing in the worker, as in a forked process: taking the interpreter down while libraries that run threads
-    # are loaded aborts now and then.
-    Finalize(None, os._exit, args=(0,), exitpriority=-100)
-
-
-@contextmanager
-def _children_deaf_to_signals() -> Iterator[None]:
-    """A launcher signals the whole process group; the training process answers with a checkpoint, for which its
-    workers must go on. They inherit the mask, and end when their parent does."""
-    resource_tracker.ensure_running()  # spawning starts it, and unblocks SIGTERM and SIGINT when it does
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Processes spawned in here do not import the program's main module, which would bring DeepSpeed to each."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    for made_by, own, what, setting in (
+        (manifest.encoders, codec_identity, "latents", "codec"),
+        (manifest.text_encoders, text_identity, "text rows", "text_encoder"),
+    ):
+        for identity in made_by:
+            if identity != own:
+                raise ConfigError(
+                    f"data set {name} has {what} made by {identity}, the run's {setting} is {own}: "
+                    f"train with the {setting} that made them, or make them anew"
+                )

@@ -1,22 +1,20 @@
-"""What one rank trains on in one micro-step, and how it is read from its plan."""
+"""What one rank trains on in one micro-step, and how it is put together from what was read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sora_train.config.diffusion import TimestepConfig
-from sora_train.data.clip import DecodeError, Frames, decode_clip
-from sora_train.data.draws import Purpose, generator
-from sora_train.data.index import Dataset
 from sora_train.data.order import PlannedSample
 from sora_train.data.packing import PackPlan
-from sora_train.data.schema import ClipRecord, IndexRow
+from sora_train.data.precomputed import NUMBERS
+from sora_train.data.precomputed_header import Place
+from sora_train.data.sample import Facts, places_of, timestep
+from sora_train.data.schema import IndexRow
 from sora_train.data.size import ClipSize, Stride
-from sora_train.diffusion.timesteps import sample_t
 
 
 @dataclass(frozen=True)
@@ -24,23 +22,28 @@ class Failure:
     """A clip that could not be read. It keeps its place in the pack, with weight 0."""
 
     key: str
-    shard: str
+    shard: str  # NAME/shard where there are several data sets
     reason: str
 
 
 @dataclass(frozen=True)
 class Pack:
-    """The lists have one entry a sample, in the order of `samples`; a filler is a sample of weight 0."""
+    """The lists have one entry a sample, in the order of `samples`; a filler is a sample of weight 0.
+
+    A sample has frames or latents. One that failed, now or when this step was first done, has zeros for all of them.
+    """
 
     step: int
     micro_step: int
     is_last: bool
     samples: tuple[PlannedSample, ...]
-    frames: list[Tensor]  # uint8 [T, H, W, 3]; zeros where a clip failed
+    frames: list[Tensor | None]  # uint8 [T, H, W, 3]
+    latents: list[Tensor | None]  # [C, T, H, W] in the numbers they are stored in
     noise: list[Tensor]  # float32 [C, T, H, W]
     t_S: Tensor  # float32
-    text: list[str]  # "" where the caption was dropped
+    text: list[str | Tensor]  # "" where the caption was dropped; rows [M, D] where the shard has them
     weight_S: Tensor  # float32; 0 = failed or filler
+    is_trained: tuple[bool, ...]  # the same, for the host
     # Of the whole step on all ranks, before anything failed.
     planned_tokens: int
     planned_samples: int
@@ -59,107 +62,91 @@ class Pack:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Pack":
         return replace(
             self,
-            frames=[change(frames) for frames in self.frames],
+            frames=[None if frames is None else change(frames) for frames in self.frames],
+            latents=[None if latents is None else change(latents) for latents in self.latents],
             noise=[change(noise) for noise in self.noise],
             t_S=change(self.t_S),
+            text=[text if isinstance(text, str) else change(text) for text in self.text],
             weight_S=change(self.weight_S),
         )
 
 
 @dataclass(frozen=True)
-class FlatPack:
-    """A pack on its way out of a worker: frames and noise end to end, so that each is one shared memory."""
+class Assembly:
+    """Puts packs together."""
 
-    pack: Pack
-    frames: Tensor
-    noise: Tensor
-
-    def unflatten(self) -> Pack:
-        """The pack; its tensors are views."""
-        shapes = [(sample.size.num_frames, sample.size.height, sample.size.width, 3) for sample in self.pack.samples]
-        frames = self.frames.split([int(np.prod(shape)) for shape in shapes])
-        noise = self.noise.split([int(np.prod(sample.latent_shape)) for sample in self.pack.samples])
-        return replace(
-            self.pack,
-            frames=[part.view(shape) for part, shape in zip(frames, shapes, strict=True)],
-            noise=[part.view(sample.latent_shape) for part, sample in zip(noise, self.pack.samples, strict=True)],
-        )
-
-
-@dataclass(frozen=True)
-class PackReader:
-    """Turns plans into packs; holds all that a worker needs and travels to it by pickle."""
-
-    datasets: tuple[Dataset, ...]  # by PlannedSample.dataset
     timesteps: TimestepConfig
     seed: int
     stride: Stride
     latent_channels: int
     patch: tuple[int, int]  # rows and columns of latents that a token covers
 
-    def read(self, plan: PackPlan) -> FlatPack:
-        """Fetches, decodes and draws; a clip that fails is masked, never raised."""
-        samples = plan.samples or (self._filler(plan),)
-        frames: list[Frames] = []
-        noise: list[NDArray[np.float32]] = []
-        text: list[str] = []
+    def build(
+        self,
+        plan: PackPlan,
+        facts: Sequence[Facts | None],
+        memory: Sequence[Tensor | None],
+        failures: Sequence[Failure],
+    ) -> Pack:
+        """The pack of a plan.
+
+        Args:
+            facts: of each sample of the plan; None: it could not be read, or was not to be.
+            memory: of each sample, uint8, as its facts and `places_of` tell; the pack's tensors are views of it.
+            failures: those to be told of.
+        """
+        if not plan.samples:
+            return self._pack(plan, (self._filler(plan),), [None], [None], failures)
+        return self._pack(plan, plan.samples, facts, memory, failures)
+
+    def _pack(
+        self,
+        plan: PackPlan,
+        samples: tuple[PlannedSample, ...],
+        facts: Sequence[Facts | None],
+        memory: Sequence[Tensor | None],
+        failures: Sequence[Failure],
+    ) -> Pack:
+        frames: list[Tensor | None] = []
+        latents: list[Tensor | None] = []
+        noise: list[Tensor] = []
+        text: list[str | Tensor] = []
         t: list[float] = []
-        failures: list[Failure] = []
-        weights: list[float] = []
-        for sample in samples:
-            weight = 1.0 if plan.samples else 0.0
-            caption, pixels = "", None
-            if plan.samples:
-                try:
-                    caption, pixels = self._read_caption(sample), self._read_frames(sample)
-                except (DecodeError, OSError, ValueError) as error:
-                    reason = error.reason if isinstance(error, DecodeError) else "read"
-                    shard = self.datasets[sample.dataset].manifest.shards[sample.shard].name
-                    failures.append(Failure(sample.row.key, shard, reason))
-                    weight = 0.0
-            size = sample.size
-            blank = np.zeros((size.num_frames, size.height, size.width, 3), dtype=np.uint8)
-            frames.append(blank if pixels is None else pixels)
-            draw = generator(self.seed, sample.step, sample.index, Purpose.noise)
-            noise.append(draw.standard_normal(sample.latent_shape, dtype=np.float32))
-            draw = generator(self.seed, sample.step, sample.index, Purpose.timestep)
-            t.append(sample_t(self.timesteps, sample.num_tokens, draw))
-            text.append(caption)
-            weights.append(weight)
-        pack = Pack(
+        for sample, known, part in zip(samples, facts, memory, strict=True):
+            size, places = sample.size, places_of(sample)
+            shape = (size.num_frames, size.height, size.width, 3)
+            if known is None or part is None:
+                is_latent = sample.row.latent_shape is not None
+                frames.append(None if is_latent else torch.zeros(shape, dtype=torch.uint8))
+                latents.append(torch.zeros(sample.latent_shape) if is_latent else None)
+                noise.append(torch.zeros(sample.latent_shape))
+                text.append("")
+                t.append(timestep(self.timesteps, self.seed, sample))
+                continue
+            is_latent = known.latents is not None
+            frames.append(None if is_latent else part[places.medium].view(shape))
+            stored = None if known.latents is None else _tensor(part, known.latents)
+            latents.append(None if stored is None else stored[:, : sample.latent_shape[1]])
+            noise.append(part[places.noise].view(torch.float32).view(sample.latent_shape))
+            text.append(known.text if known.rows is None else _tensor(part, known.rows))
+            t.append(known.t)
+        is_trained = tuple(known is not None for known in facts)
+        return Pack(
             step=plan.step,
             micro_step=plan.micro_step,
             is_last=plan.is_last,
             samples=samples,
-            frames=[],
-            noise=[],
+            frames=frames,
+            latents=latents,
+            noise=noise,
             t_S=torch.tensor(t, dtype=torch.float32),
             text=text,
-            weight_S=torch.tensor(weights, dtype=torch.float32),
+            weight_S=torch.tensor(is_trained, dtype=torch.float32),
+            is_trained=is_trained,
             planned_tokens=plan.planned_tokens,
             planned_samples=plan.planned_samples,
             failures=tuple(failures),
         )
-        return FlatPack(
-            pack,
-            torch.from_numpy(np.concatenate([part.ravel() for part in frames])),
-            torch.from_numpy(np.concatenate([part.ravel() for part in noise])),
-        )
-
-    def _read_frames(self, sample: PlannedSample) -> Frames:
-        row = sample.row
-        data = self.datasets[sample.dataset].read(sample.shard, row.medium_offset, row.medium_size)
-        return decode_clip(data, row, sample.size)
-
-    def _read_caption(self, sample: PlannedSample) -> str:
-        if sample.caption is None:
-            return ""
-        row = sample.row
-        data = self.datasets[sample.dataset].read(sample.shard, row.record_offset, row.record_size)
-        record = ClipRecord.from_json(data)
-        if len(record.captions) != len(row.captions):
-            raise ValueError(f"{row.key} has {len(record.captions)} captions, the index says {len(row.captions)}")
-        return record.captions[sample.caption].text
 
     def _filler(self, plan: PackPlan) -> PlannedSample:
         # One token, so that a rank without clips runs the same collectives as the others.
@@ -179,3 +166,9 @@ class PackReader:
         size = ClipSize(1, height, width, height, width, 0, 1.0)
         shape = (self.latent_channels, 1, *self.patch)
         return PlannedSample(plan.step, 0, -1, -1, row, size, shape, 1, None)
+
+
+def _tensor(memory: Tensor, place: Place) -> Tensor:
+    dtype = NUMBERS[place.number]
+    size = dtype.itemsize * prod(place.shape)
+    return memory[place.offset : place.offset + size].view(dtype).view(place.shape)

@@ -9,9 +9,10 @@ loss       weighted squared error, summed, / planned global count
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from sora_train.config.diffusion import CountedBy, DiffusionConfig
 from sora_train.config.model import ModelConfig, TextKind
@@ -26,6 +27,9 @@ from sora_train.encoders.video_codec import VideoCodec, build_codec, to_unit_ran
 from sora_train.models.inputs import Text, pack_inputs, unpack_prediction
 from sora_train.training.metrics import CAPTION_KINDS, PackLoss
 
+# Of the text encoder and its rows, whoever made them.
+TEXT_DTYPE = torch.bfloat16
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -38,6 +42,21 @@ class Encoders:
         """The captions as the model takes them."""
         return list(captions) if self.text is None else self.text.encode(list(captions))
 
+    def latents(self, pack: Pack) -> list[Tensor]:
+        """float32 [C, T, H, W] of each sample: made in advance, or encoded from its frames."""
+        return [
+            self.codec.encode(to_unit_range(frames)) if frames is not None else cast(Tensor, made).float()
+            for frames, made in zip(pack.frames, pack.latents, strict=True)
+        ]
+
+    def text_of(self, pack: Pack) -> Text:
+        """The text of each sample as the model takes it: rows made in advance, or encoded from its caption."""
+        captions = [text for text in pack.text if isinstance(text, str)]
+        if len(captions) == len(pack.text):
+            return self.encode_text(captions)
+        encoded = iter(cast(list[Tensor], self.encode_text(captions)) if captions else [])
+        return [next(encoded) if isinstance(text, str) else text.to(TEXT_DTYPE) for text in pack.text]
+
 
 def build_encoders(config: TrainConfig, world: World) -> Encoders:
     """The frozen encoders of the config, on this rank's device. Raises ConfigError when one cannot be built."""
@@ -45,7 +64,7 @@ def build_encoders(config: TrainConfig, world: World) -> Encoders:
     if config.model.text.kind is TextKind.bytes:
         return Encoders(codec, None)
     width = config.model.text.width
-    return Encoders(codec, load_text_encoder(config.text_encoder, width, world.device, torch.bfloat16))
+    return Encoders(codec, load_text_encoder(config.text_encoder, width, world.device, TEXT_DTYPE))
 
 
 def diffusion_loss(
@@ -61,9 +80,9 @@ def diffusion_loss(
         config: what is predicted, where the error is squared, what it is divided by.
     """
     with torch.no_grad():
-        latents = [encoders.codec.encode(to_unit_range(frames)) for frames in pack.frames]
+        latents = encoders.latents(pack)
         noisy = [interpolate(x, noise, t) for x, noise, t in zip(latents, pack.noise, pack.t_S, strict=True)]
-        inputs = pack_inputs(noisy, encoders.encode_text(pack.text), model_config)
+        inputs = pack_inputs(noisy, encoders.text_of(pack), model_config)
 
     prediction_LQ = model(inputs.tokens_LP, inputs.positions_L3, pack.t_S, inputs.text, inputs.layout)
 
@@ -81,21 +100,19 @@ def diffusion_loss(
         loss = (pack.weight_S * tokens_S * error_S).sum() / pack.planned_tokens
     else:
         loss = (pack.weight_S * error_S).sum() / pack.planned_samples
-    failed = {failure.key for failure in pack.failures}
-    trained = [sample.shard >= 0 and sample.row.key not in failed for sample in pack.samples]  # the rest has weight 0
     return PackLoss(
         loss=loss,
         sample_loss_S=error_S.detach(),
         t_S=pack.t_S,
         weight_S=pack.weight_S,
         kind_S=torch.tensor([caption_kind(sample) for sample in pack.samples]).to(pack.t_S.device, non_blocking=True),
-        tokens=sum(compress(inputs.layout.lengths, trained)),
-        clips=sum(trained),
-        frames=sum(frames.shape[0] for frames in compress(pack.frames, trained)),
+        tokens=sum(compress(inputs.layout.lengths, pack.is_trained)),
+        clips=sum(pack.is_trained),
+        frames=sum(sample.size.num_frames for sample in compress(pack.samples, pack.is_trained)),
         flops=sum(
             step_flops(model_config, tokens, text_rows)
             for tokens, text_rows in compress(
-                zip(inputs.layout.lengths, inputs.layout.text_lengths, strict=True), trained
+                zip(inputs.layout.lengths, inputs.layout.text_lengths, strict=True), pack.is_trained
             )
         ),
         failed=len(pack.failures),

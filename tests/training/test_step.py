@@ -50,10 +50,12 @@ def pack_of(numbers: list[int], planned: list[int]) -> Pack:
         is_last=True,
         samples=tuple(samples),
         frames=frames,
+        latents=[None] * len(frames),
         noise=noise,
         t_S=torch.tensor([0.2 + 0.2 * number for number in numbers]),
         text=[TEXT[number] for number in numbers],
         weight_S=torch.ones(len(numbers)),
+        is_trained=(True,) * len(numbers),
         planned_tokens=sum(tokens[number] for number in planned),
         planned_samples=len(planned),
         failures=(),
@@ -109,6 +111,7 @@ def test_a_masked_clip_leaves_the_gradient_of_the_others_as_it_was(model: VideoD
         masked,
         frames=[torch.zeros_like(f) if i == 2 else f for i, f in enumerate(masked.frames)],
         weight_S=torch.tensor([1.0, 1.0, 0.0, 1.0]),
+        is_trained=(True, True, False, True),
         failures=(Failure("clip-2", "shard-000000.tar", "cut short"),),
     )
     _, with_mask = gradient(model, [masked], config)
