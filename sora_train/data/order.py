@@ -82,6 +82,10 @@ class Order:
         self, datasets: Mapping[str, Dataset], config: DataConfig, model: ModelConfig, codec: CodecShape, seed: int
     ) -> None:
         check_captions(config.captions)
+        if not 0 <= config.held_out_fraction <= 1:
+            raise ConfigError(
+                f"data.held_out_fraction={config.held_out_fraction} is no share: choose a number from 0 to 1"
+            )
         self.stages = build_stages(config)
         self.config, self.model, self.codec, self.seed = config, model, codec, seed
         self.stride = token_stride(model, codec)

@@ -144,7 +144,7 @@ class Shuffle:
             if lengths.sum() != self.totals.tokens[shard]:
                 raise ConfigError(
                     f"the index of {self.dataset.manifest.shards[shard].name} is not the one that its totals were "
-                    "computed from: run `python -m data_pipelines.index` on the folder, which writes dataset.json anew"
+                    "computed from: remove totals-*.safetensors in data.cache_dir (by default ~/.cache/sora_train)"
                 )
             rows.append(trained)
             tokens.append(lengths)

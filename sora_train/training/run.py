@@ -156,9 +156,10 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
         refused = [key for key in changed if not key.startswith((*free, *config.allow_changes))]
         if refused:
             difference = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in refused)
+            allow = sorted({_setting(key, known) for key in refused})
             raise ConfigError(
                 f"{config.run_dir} was trained with other settings ({difference}): choose another run_dir, or pass "
-                f"allow_changes=[{','.join(refused)}] to go on with the new ones"
+                f"allow_changes=[{','.join(allow)}] to go on with the new ones"
             )
         # A data set that was not there before is one of the changed settings.
         fingerprints = new_facts["data_sha256"]
@@ -169,6 +170,13 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
                 f"{what} holds other data than {config.run_dir} was trained on: "
                 "choose another run_dir, or pass allow_changes=[data] to go on with it"
             )
+
+
+def _setting(key: str, known: list[str]) -> str:
+    """The setting that a flattened key is part of: of a dict's entry, the dict."""
+    while key not in known and "." in key:
+        key = key.rpartition(".")[0]
+    return key
 
 
 def _newest_manifest(run_dir: Path) -> dict[str, Any] | None:

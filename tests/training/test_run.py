@@ -128,6 +128,30 @@ def test_other_data_is_refused(build: Callable[..., TrainConfig], shards: Path) 
     run.check(build(allow_changes=["data"]))
 
 
+def test_a_data_set_may_be_added_to_a_run(
+    build: Callable[..., TrainConfig], shards: Path, tmp_path: Path
+) -> None:
+    save_checkpoint_of(build())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "dataset.json").write_text(DatasetManifest((ShardEntry("b.tar", 10, "cd" * 32, 1),)).to_json())
+    grown = {
+        "shards": "",
+        "datasets": {"main": {"shards": str(shards)}, "new": {"shards": str(other), "weight": 0.0}},
+        "stages": [{"start_step": 100, "weights": {"new": 1.0}}],
+    }
+    with pytest.raises(ConfigError, match=r"allow_changes=\[data\.datasets,data\.stages\]"):
+        run.check(build(data=grown))
+    run.check(build(data=grown, allow_changes=["data.datasets", "data.stages"]))
+    # `data.shards` was the data set `main`; another folder under that name holds other data.
+    swapped = {"shards": "", "datasets": {"main": {"shards": str(other)}}}
+    with pytest.raises(ConfigError, match=r"data\.datasets: main holds other data"):
+        run.check(build(data=swapped, allow_changes=["data.datasets"]))
+    save_checkpoint_of(build(data=grown), step=6)
+    moved = shards.rename(tmp_path / "moved")
+    run.check(build(data={**grown, "datasets": {**grown["datasets"], "main": {"shards": str(moved)}}}))
+
+
 def test_the_config_file_of_a_run_reads_back_equal(build: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config = build(model={"text": {"kind": "encoder"}})
     save_config(config, tmp_path / "config.yaml")
