@@ -84,8 +84,9 @@ def main(control: socket.socket, lifeline: int, status: Status) -> None:
         read = _reading(setup.reader)
     except EOFError:
         return
-    except BaseException:
-        _say(control, {"broken": traceback.format_exc(limit=-8)})
+    except BaseException as error:
+        traceback.print_exc()
+        _say(control, {"broken": repr(error)})
         return
     signs = Signs(status, setup.patience)
     signs.idle()

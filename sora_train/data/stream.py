@@ -287,10 +287,13 @@ class Pool:
             return
         try:
             data = child.control.recv(1 << 16)
-            if not data:
-                self._lose(child, "crash")
-                return
-            child.inbox += data
+        except OSError:
+            data = b""
+        if not data:
+            self._lose(child, "crash")
+            return
+        child.inbox += data
+        try:
             for message in take_messages(child.inbox):
                 if "broken" in message:
                     raise RuntimeError(f"a decoding process cannot start: {message['broken']}")
@@ -298,7 +301,7 @@ class Pool:
                     child.is_ready = True
                 else:
                     self._settle(child, message)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             log.warning("a decoding process said what it should not: %r", error)
             self._lose(child, "crash")
 
