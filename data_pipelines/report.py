@@ -18,14 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_pipelines.reporting.clips import caption_samples, pick, show
 from data_pipelines.reporting.figures import aspects, histogram, short
 from data_pipelines.reporting.rejects import count_rejects
-from data_pipelines.reporting.simulation import Simulation, advice, rank_counts, simulate
+from data_pipelines.reporting.simulation import Simulation, advice, rank_counts, simulate, training_loader
 from data_pipelines.reporting.survey import Survey, survey
 from sora_train.config.command import hydra_app
 from sora_train.config.curation import ReportConfig
 from sora_train.config.data import DataConfig
 from sora_train.config.root import ConfigError
 from sora_train.data.index import Dataset, open_dataset
-from sora_train.data.order import Order
 from sora_train.data.schema import MANIFEST_NAME
 from sora_train.data.size import check_size, token_stride
 from sora_train.encoders.video_codec import codec_shape
@@ -75,13 +74,14 @@ def build_page(config: ReportConfig) -> tuple[str, list[str]]:
         shown = progress.track(pick(facts, config.clips, config.seed), description="decoding clips")
         cards = [show(dataset, facts, data.size, stride, clip) for clip in shown]
         try:
-            order = Order({"main": dataset}, data, config.model, codec, config.seed)
-            batches = [order.batch(step) for step in progress.track(range(config.steps), description="planning steps")]
-            simulations = [simulate(batches, ranks, data, config.model) for ranks in rank_counts(config.ranks)]
+            loader = training_loader(config, data, codec, dataset)
+            steps = progress.track(range(config.steps), description="planning steps")
+            batches = [loader.order.batch(step) for step in steps]
+            simulations = [simulate(batches, ranks, loader) for ranks in rank_counts(config.ranks)]
         except ConfigError as error:
             warnings.append(f"Training would not start: {error}.")
     asked = [advice(row, data) for row in simulations if row.ranks == config.ranks]
-    warnings = [text for text in (*warnings, *size_warnings(facts, data), *asked) if text]
+    warnings = [text for text in (*warnings, *data_warnings(facts, data), *asked) if text]
     page = fill(
         "report.html.j2",
         config=config,
@@ -141,9 +141,14 @@ def totals(dataset: Dataset, facts: Survey) -> list[tuple[str, str]]:
     ]
 
 
-def size_warnings(facts: Survey, data: DataConfig) -> list[str]:
-    """Clips that no token or no pack can hold, in sentences."""
+def data_warnings(facts: Survey, data: DataConfig) -> list[str]:
+    """Clips that no token or no pack can hold, and a validation without clips, in sentences."""
     warnings = []
+    if data.held_out_fraction > 0 and not facts.is_held_out.any():
+        warnings.append(
+            f"None of {facts.num_sources:,} sources is held out, validation would have no clip: raise "
+            f"data.held_out_fraction={data.held_out_fraction}."
+        )
     num_small = int((facts.num_tokens == 0).sum())
     if num_small:
         warnings.append(
