@@ -173,7 +173,7 @@ def test_children_that_cannot_work_stop_the_run_and_say_so(start: Start) -> None
     loader.pool = Pool(1, 4.0, 4 << 30, COMMAND)
     loader.reader.__dict__["sources"] = _Unpicklable()
     loader.pool.open(loader.reader)
-    with pytest.raises(RuntimeError, match="cannot start: ImportError.*no such module as this"):
+    with pytest.raises(RuntimeError, match=r"cannot start: ImportError.*no such module as this"):
         list(loader.packs(0))
     loader.pool.close()
 
