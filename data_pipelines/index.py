@@ -69,6 +69,10 @@ def build_index(config: IndexConfig, console: Console) -> tuple[DatasetManifest,
     files, folder = _locate(config)
     shards = list_shards(files, folder)
     notebook = Notebook(files, folder, tuple(config.caption_fields))
+    try:
+        notebook.open()
+    except OSError as error:
+        raise ConfigError(f"shards={config.shards} cannot be written to ({error}): copy the shards") from error
     reports = notebook.recall(shards)
     todo = [shard for shard in shards if shard.name not in reports]
     failed: dict[str, str] = {}
@@ -78,9 +82,9 @@ def build_index(config: IndexConfig, console: Console) -> tuple[DatasetManifest,
                 failed[shard.name] = result.error
             else:
                 reports[shard.name] = result
-    for name, error in sorted(failed.items()):
+    for name, reason in sorted(failed.items()):
         raise ConfigError(
-            f"shards={config.shards}: {name} cannot be indexed ({error}); {len(shards) - len(failed)} of "
+            f"shards={config.shards}: {name} cannot be indexed ({reason}); {len(shards) - len(failed)} of "
             f"{len(shards)} are done: remove it or copy it again, and the same command goes on"
         )
     ordered = [reports[shard.name] for shard in shards]
@@ -120,6 +124,12 @@ class Notebook:
     files: AbstractFileSystem
     folder: str
     caption_fields: tuple[str, ...]
+
+    def open(self) -> None:
+        """Says what the folder is for. Raises OSError where nothing can be written, before anything is read."""
+        self.files.makedirs(f"{self.folder}/.index", exist_ok=True)
+        about = b"What `python -m data_pipelines.index` has read. Without it, the next time reads all shards again.\n"
+        write_whole(self.files, f"{self.folder}/.index/README.txt", about)
 
     def index(self, shard: ShardFile, watch: Watch) -> ShardReport:
         """Indexes a shard and remembers it. Raises OSError."""

@@ -141,9 +141,12 @@ def write_manifest(
 
 
 def write_whole(files: AbstractFileSystem, path: str, data: bytes) -> None:
-    """Writes a file whole or not at all; object stores do so by themselves."""
+    """Writes a file whole or not at all; object stores do so by themselves. Raises OSError."""
     if not isinstance(files, LocalFileSystem):
-        files.pipe_file(path, data)
+        try:
+            files.pipe_file(path, data)
+        except NotImplementedError as error:
+            raise OSError(f"{type(files).__name__} only reads") from error
         return
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
 from PIL import Image
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from sora_train.config.curation import IndexConfig
 from sora_train.config.root import ConfigError
 from sora_train.data import scan
 from sora_train.data.index import locate, open_dataset
-from sora_train.data.index_writer import ShardFile, ShardReport, list_shards, write_index
+from sora_train.data.index_writer import ShardFile, ShardReport, list_shards, write_index, write_whole
 from sora_train.data.probe import MediaFacts
 
 FIELDS = ("caption", "text")
@@ -118,6 +119,10 @@ def test_what_is_remembered_is_of_this_tar_these_settings_and_whole(shards: Path
     assert Notebook(files, place, ("title",)).recall(found) == {}
     others = {"a.tar": {"stamp": "mtime=1"}, "b.tar": {"num_bytes": 1}, "sub/c.tar": {"stamp": ""}}
     assert notebook.recall([replace(shard, **others[shard.name]) for shard in found]) == {}  # type: ignore[arg-type]
+    nameless = replace(found[0], stamp="")  # a file system that tells nothing of versions
+    notebook.index(nameless, scan.Watch())
+    assert notebook.recall([nameless]) == {}
+    notebook.index(found[0], scan.Watch())
     for damage in ("{", "[]", '{"version": 1}'):
         (shards / ".index" / "a.json").write_text(damage)
         assert notebook.recall(found).keys() == {"b.tar", "sub/c.tar"}
@@ -126,11 +131,12 @@ def test_what_is_remembered_is_of_this_tar_these_settings_and_whole(shards: Path
     assert notebook.recall(found) == {}
 
 
+@pytest.mark.distributed
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     for i in range(60):
-        write_tar(folder / f"{i:03d}.tar", {f"{j}.png": picture(i + j) for j in range(20)})
+        write_tar(folder / f"{i:03d}.tar", {f"{j}.png": picture(i + j) for j in range(10)})
     command = [sys.executable, "-m", "data_pipelines.index", f"shards={folder}", "workers=1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(list(folder.glob(".index/*.json"))) < 3:
@@ -143,9 +149,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert 3 <= len(done) < 60
     before = {name: written(folder)[name.replace(".tar", ".index.safetensors")] for name in done}
     last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    assert "1200 samples in 60 shards = 1200 indexed + 0 rejected" in last
+    assert "600 samples in 60 shards = 600 indexed + 0 rejected" in last
     assert {name: written(folder)[name.replace(".tar", ".index.safetensors")] for name in done} == before
-    assert open_dataset(folder).manifest.num_samples == 1200
+    assert open_dataset(folder).manifest.num_samples == 600
 
 
 def hostile(data: bytes, suffix: str) -> MediaFacts:
@@ -246,6 +252,14 @@ def test_verification_tells_a_cut_tar_and_a_stale_index(shards: Path) -> None:
     assert "b.index.safetensors is damaged or not the one" in second[1]
 
 
+def test_what_cannot_be_written_to_is_said_before_anything_is_read(shards: Path) -> None:
+    (shards / ".index").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"cannot be written to \(.*: copy the shards"):
+        build(shards)
+    with pytest.raises(OSError, match="AsyncFileSystem only reads"):
+        write_whole(AsyncFileSystem(), "a", b"b")
+
+
 def test_mistakes_get_one_line(tmp_path: Path) -> None:
     cases = {
         f"shards={tmp_path}": "holds no *.tar",
@@ -273,6 +287,6 @@ def test_memory_urls_are_indexed_in_this_process(shards: Path) -> None:
     stamps = {path: files.info(path)["created"] for path in files.find("/indexed")}
     assert build("memory://indexed")[1] == 12
     changed = {path for path in stamps if files.info(path)["created"] != stamps[path]}
-    assert changed == {"/indexed/dataset.json", "/indexed/index_rejects.jsonl"}
+    assert changed == {f"/indexed/{name}" for name in ("dataset.json", "index_rejects.jsonl", ".index/README.txt")}
     config = IndexConfig(shards="memory://indexed", verify=True)
     assert verify(config, Console(file=io.StringIO())) == []
