@@ -28,6 +28,7 @@ VARIANTS = [
     Variant("2.1 FLF2V", {"in_channels": 4 + 3, "image_dim": 10, "pos_embed_seq_len": 8}, image_rows=8),
     Variant("2.2 I2V A14B", {"in_channels": 4 + 3}),
     Variant("2.2 TI2V", {"in_channels": 6, "out_channels": 6}, clean_frames=1),
+    Variant("tokens of two frames", {"patch_size": (2, 2, 2)}, clean_frames=1),
 ]
 
 
