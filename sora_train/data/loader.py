@@ -18,11 +18,11 @@ from sora_train.config.data import DataConfig
 from sora_train.config.diffusion import TimestepConfig
 from sora_train.config.model import ModelConfig, TextKind
 from sora_train.config.root import ConfigError
-from sora_train.cost.flops import step_flops, text_tokens
+from sora_train.cost.step_cost import of_model
 from sora_train.data.index import Dataset
 from sora_train.data.order import GlobalBatch, Order, PlannedSample, open_datasets
 from sora_train.data.pack import Assembly, Failure, Pack
-from sora_train.data.packing import PackPlan, assign
+from sora_train.data.packing import PackLimits, PackPlan, assign
 from sora_train.data.sample import Facts, SampleError, SampleReader, Source, Task, Unwatched, places_of
 from sora_train.data.shard_cache import ShardCache
 from sora_train.data.stream import Job, Lost, Pool
@@ -107,6 +107,8 @@ class Loader:
         self.order, self.reader, self.assembly, self.pool = order, reader, assembly, pool
         self.config, self.masked = config, masked
         self.global_rank, self.world_size = global_rank, world_size
+        # No rank shares a clip with another.
+        self.limits, self.cost_model = PackLimits(config.max_tokens_per_pack), of_model(order.model)
         self._ahead: _ReadAhead | None = None
         self._next_step: int | None = None
         # Also when the program ends, or forgets the loader.
@@ -114,15 +116,8 @@ class Loader:
 
     def plans(self, step: int) -> list[PackPlan]:
         """What this rank does in a step: one plan a micro-step, as many as on every rank."""
-        micro_steps = assign(
-            self.order.batch(step), self.world_size, self.config.max_tokens_per_pack, self.training_flops
-        )
+        micro_steps = assign(self.order.batch(step), self.world_size, self.limits, self.cost_model)
         return [packs[self.global_rank] for packs in micro_steps]
-
-    def training_flops(self, sample: PlannedSample) -> float:
-        """Forward and backward of one sample: what packs are balanced by."""
-        model = self.order.model
-        return step_flops(model, sample.num_tokens, text_tokens(model, sample.text_bytes))
 
     def packs(self, step: int) -> Iterator[Pack]:
         """The packs of a step. Steps in a row are read ahead; another step starts reading anew.
@@ -156,8 +151,8 @@ class Loader:
         samples = self.order.validation_samples(num_clips)
         if not samples:
             return []
-        limit = self.config.max_tokens_per_pack
-        micro_steps = assign(GlobalBatch(samples[0].step, samples), self.world_size, limit, self.training_flops)
+        batch = GlobalBatch(samples[0].step, samples)
+        micro_steps = assign(batch, self.world_size, self.limits, self.cost_model)
         plans = [packs[self.global_rank] for packs in micro_steps]
         if self.pool is None:
             return [self._read(plan) for plan in plans]
