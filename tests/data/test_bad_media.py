@@ -1,5 +1,6 @@
 """Every way in which a medium can be bad has its own reason, when it is indexed and when it is trained on."""
 
+import io
 import json
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from media import Kind, audio, clip, image, row_of, whole
@@ -149,6 +151,28 @@ def test_damage_outside_the_clip_does_not_matter_and_inside_is_never_patched_ove
     assert np.array_equal(before, decode_clip(data, row, whole(row, 0, 12)))
     with pytest.raises(DecodeError, match="decode"):
         decode_clip(bad, row, whole(row, 20, 12))
+
+
+def test_a_frame_that_the_decoder_patches_over_is_refused() -> None:
+    data = clip(48, 64, 64, seed=1)
+    row = row_of(data)
+    for seed in range(1000):  # most flips are errors at once; look for one that is only told beside a frame
+        rng, bad = np.random.default_rng(seed), bytearray(data)
+        bad[rng.integers(data.index(b"mdat") + 1000, len(data))] ^= 1 << rng.integers(8)
+        if is_patched(bytes(bad)):
+            break
+    with pytest.raises(DecodeError, match="is damaged"):
+        decode_clip(bytes(bad), row, whole(row))
+
+
+def is_patched(data: bytes) -> bool:
+    with av.open(io.BytesIO(data), format="mp4") as container:
+        codec = container.streams.video[0].codec_context
+        codec.options, codec.thread_count = {"err_detect": "explode"}, 1
+        try:
+            return sum(frame.is_corrupt for frame in container.decode(video=0)) > 0
+        except av.FFmpegError:
+            return False
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp9"])

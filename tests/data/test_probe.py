@@ -1,7 +1,13 @@
+import io
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
-from media import Kind, audio, clip, drifting, encode_frames, image, remux
+from av.stream import Disposition
+from media import Kind, audio, clip, drifting, encode_frames, image, remux, row_of, whole
 
+from sora_train.data.clip import decode_clip
 from sora_train.data.probe import DecodeError, probe_media
 
 OPEN = (("x264-params", "open-gop=1:keyint=8:bframes=3:b-adapt=0"),)
@@ -74,6 +80,36 @@ def test_frames_that_refer_to_what_was_cut_off_are_not_counted(suffix: str) -> N
     # From its second keyframe, which comes sixth: three frames shown before it need the group before.
     cut = remux(clip(40, 64, 80, Kind(options=OPEN)), first_packet=5, suffix=suffix)
     assert probe_media(cut, suffix).num_frames == 32
+
+
+def test_frames_that_are_never_shown_are_not_counted() -> None:
+    data = clip(12, 64, 80, Kind("libvpx", "webm"))
+    row = row_of(data, "webm")
+    with av.open(io.BytesIO(data), format="matroska") as container:
+        packet = [bytes(packet) for packet in container.demux(video=0) if packet.size][7]
+    at = data.index(packet)
+    hidden = data[:at] + bytes([data[at] & ~0x10]) + data[at + 1 :]  # its show_frame bit
+    rest = row_of(hidden, "webm")
+    assert (row.num_frames, rest.num_frames) == (12, 11)
+    assert np.array_equal(decode_clip(hidden, rest, whole(rest)), np.delete(decode_clip(data, row, whole(row)), 7, 0))
+
+
+def test_a_picture_on_the_cover_is_not_the_video() -> None:
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4") as output, av.open(io.BytesIO(clip(9, 64, 80)), format="mp4") as source:
+        cover = output.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 96, 96, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        video = output.add_stream_from_template(source.streams.video[0])
+        packet = av.Packet(image(96, 96, "jpg"))
+        packet.stream, packet.pts, packet.dts, packet.time_base = cover, 0, 0, Fraction(1, 1)
+        output.mux(packet)
+        for part in source.demux(video=0):
+            if part.size:
+                part.stream = video
+                output.mux(part)
+    facts = probe_media(sink.getvalue(), "mp4")
+    assert (facts.num_frames, facts.height, facts.width) == (9, 64, 80)
 
 
 def test_sound_that_outlasts_the_pictures_is_no_truncation() -> None:
