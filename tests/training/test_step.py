@@ -1,6 +1,8 @@
 """The loss of a step is one sum over its tokens: whatever the packs, and whatever of it could not be read."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -131,3 +133,22 @@ def test_loss_is_the_mean_squared_error_written_out(model: VideoDiT) -> None:
     expected = (prediction - (pack.noise[0] - latents)).square().mean()
     result = diffusion_loss(model, pack, ENCODERS, MODEL, DiffusionConfig())
     torch.testing.assert_close(result.loss, expected)
+
+
+def test_what_was_encoded_in_advance_is_not_encoded_again(model: VideoDiT) -> None:
+    """Latents beside frames give the loss of frames alone; rows stand among encoded captions, in their places."""
+    pack = pack_of(ALL, ALL)
+    made = ENCODERS.latents(pack)
+    before = replace(
+        pack,
+        frames=[None if i % 2 else frames for i, frames in enumerate(pack.frames)],
+        latents=[latents if i % 2 else None for i, latents in enumerate(made)],
+    )
+    losses = [diffusion_loss(model, one, ENCODERS, MODEL, DiffusionConfig()).loss for one in (pack, before)]
+    assert torch.equal(*losses)
+
+    encode = SimpleNamespace(encode=lambda captions: [torch.full((1, 4), float(len(text))) for text in captions])
+    encoders = replace(ENCODERS, text=cast(Any, encode))
+    mixed = replace(pack, text=["abc", torch.full((2, 4), 7.0), "", torch.full((1, 4), 8.0)])
+    assert [float(rows[0, 0]) for rows in encoders.text_of(mixed)] == [3.0, 7.0, 0.0, 8.0]
+    assert encoders.text_of(replace(pack, text=[torch.zeros(1, 4)] * 4))[0].dtype == torch.bfloat16
