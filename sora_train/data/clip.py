@@ -41,10 +41,6 @@ BLOCK = 128
 MAX_PIXEL_ASPECT = 4
 
 
-def check_decoder() -> None:
-    """Nothing to check: one decoder is left. Goes with its caller."""
-
-
 def decode_clip(
     data: bytes,
     row: IndexRow,
