@@ -123,7 +123,7 @@ def _columns(series: Mapping[str, ArrayLike]) -> tuple[dict[str, Values], Values
 def _chart(label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_INCHES)
     figure.patch.set_visible(False)
-    axes = figure.add_axes((0.09, 0.2, 0.9, 0.76))
+    axes = figure.add_axes((0.09, 0.2, 0.87, 0.76))
     axes.patch.set_visible(False)
     axes.set_xlabel(label)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -138,7 +138,7 @@ def _draw(axes: Axes, named: dict[str, Values], edges: Values) -> None:
     axes.hist(stacks, edges.tolist(), stacked=True, color=list(colors.values()), label=list(colors), rwidth=0.92)
     if len(named) > 1:
         ncols = 3 if sum(map(len, colors)) <= 30 else 2
-        axes.set_position((0.09, 0.2, 0.9, 0.76 - 0.09 * math.ceil(len(colors) / ncols)))
+        axes.set_position((0.09, 0.2, 0.87, 0.76 - 0.09 * math.ceil(len(colors) / ncols)))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, borderaxespad=0.2, borderpad=0)
 
 

@@ -32,10 +32,8 @@ class Survey:
     num_tokens: Integers  # under the size rule; 0: less than one token is left
     is_image: Flags
     is_latent: Flags
-    is_variable_rate: Flags
     is_held_out: Flags
     source: NDArray[np.uint64]  # the first 8 bytes of its hash
-    medium_bytes: int
     # Of all captions, clip after clip.
     caption_ends: NDArray[np.int64]
     caption_kind: NDArray[np.uint8]  # number in KINDS
@@ -79,22 +77,21 @@ class Survey:
 def survey(
     dataset: Dataset, config: DataConfig, stride: Stride, progress: Callable[[int], None] = lambda samples: None
 ) -> Survey:
-    """Reads every index of a data set, one after the other; `progress` hears of the samples of each.
+    """Reads every index of a data set; `progress` hears of the samples of each.
 
     Raises:
         ConfigError: an index is damaged, or does not fit its shard.
     """
     columns: dict[str, list[NDArray[np.generic]]] = {name: [] for name in _DTYPES}
-    for shard, entry in enumerate(dataset.manifest.shards):
-        table = dataset.table(shard)
+    entries = dataset.manifest.shards
+    for entry, table in zip(entries, dataset.tables(range(len(entries))), strict=True):
         for name, values in _columns(table, config, stride).items():
             columns[name].append(values.astype(_DTYPES[name]))
         progress(entry.num_samples)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-    medium_size, captions = joined.pop("medium_size"), joined.pop("num_captions")
+    captions = joined.pop("num_captions")
     return Survey(
         shard_ends=np.cumsum([entry.num_samples for entry in dataset.manifest.shards]),
-        medium_bytes=int(medium_size.sum()),
         caption_ends=np.cumsum(captions, dtype=np.int64),
         **joined,
     )
@@ -108,10 +105,8 @@ _DTYPES = {
     "num_tokens": np.int32,
     "is_image": np.bool_,
     "is_latent": np.bool_,
-    "is_variable_rate": np.bool_,
     "is_held_out": np.bool_,
     "source": np.uint64,
-    "medium_size": np.int64,
     "num_captions": np.int32,
     "caption_kind": np.uint8,
     "caption_bytes": np.int32,
@@ -127,10 +122,8 @@ def _columns(table: ShardTable, config: DataConfig, stride: Stride) -> dict[str,
         "num_tokens": clip_sizes(table, config.size, stride).num_tokens,
         "is_image": table.is_image,
         "is_latent": table.is_latent,
-        "is_variable_rate": table.is_variable_rate,
         "is_held_out": are_held_out(table, config.held_out_fraction),
         "source": np.ascontiguousarray(table.source[:, :8]).view(np.uint64).ravel(),
-        "medium_size": table.medium_size,
         "num_captions": np.diff(table.caption_ends, prepend=0),
         "caption_kind": table.caption_kind,
         "caption_bytes": table.caption_bytes,

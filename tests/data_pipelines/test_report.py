@@ -222,6 +222,7 @@ def test_the_survey_says_what_the_rows_say(shards: Path) -> None:
     assert clip == len(facts)
     assert facts.is_held_out.any(), "the share held out is shown of something"
     assert set(facts.clips_with("recaption/dense")) == set(range(6))
+    assert list(facts.clips_with("original/short")) == list(range(18)), "the latents have none"
     assert {kind: len(lengths) for kind, lengths in facts.caption_lengths().items()} == {
         "original/short": 18,
         "recaption/short": 6,
