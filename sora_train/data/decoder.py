@@ -20,6 +20,8 @@ from typing import Any
 
 from sora_train.data.handover import Phase, Status, receive, send
 
+# All pages at once where that is possible: one by one they cost more than what is read into them.
+MAPPED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 # This much longer than its parent would wait, a child waits for itself.
 GRACE = 3
 
@@ -99,7 +101,7 @@ def main(control: socket.socket, lifeline: int, status: Status) -> None:
         request: Request = pickle.loads(message)
         signs.begin(request.number)
         assert file is not None
-        memory = mmap.mmap(file, request.num_bytes, offset=request.start)
+        memory = mmap.mmap(file, request.num_bytes, flags=MAPPED, offset=request.start)
         os.close(file)
         answer = read(request.task, memory, signs)
         del memory  # not closed: what an error left behind may still refer to it

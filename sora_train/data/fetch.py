@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -18,6 +19,8 @@ from sora_train.data.shard_cache import ShardCache
 
 # Members with less than this between them are fetched by one request: a request costs more than so many bytes.
 MAX_GAP = 1 << 16
+# Read from a file at a time: what has come is hashed while it is still in the processor's cache.
+CHUNK = 1 << 18
 # Between attempts: no chance in them, so that a run with the same troubles takes the same way.
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 # No attempt will mend these.
@@ -32,12 +35,20 @@ class FetchError(Exception):
         self.reason, self.detail = reason, detail
 
 
+class Digest(Protocol):
+    """What hashes bytes as they come."""
+
+    def update(self, data: memoryview, /) -> object:
+        """The next bytes."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """So many bytes of a shard as fit into `into`, from `offset`."""
+    """So many bytes of a shard as fit into `into`, from `offset`; hashed in passing."""
 
     offset: int
     into: memoryview
+    digest: Digest | None = None
 
     @property
     def end(self) -> int:
@@ -84,6 +95,8 @@ class ShardBytes:
         data = memoryview(_with_retries(lambda: self._range(path, start, end), progress))
         for part in parts:
             part.into[:] = data[part.offset - start : part.end - start]
+            if part.digest is not None:
+                part.digest.update(part.into)
 
     def _range(self, path: str, start: int, end: int) -> bytes:
         data: bytes = self.files.cat_file(path, start=start, end=end)
@@ -108,20 +121,23 @@ def _fill_from_file(path: str, parts: Sequence[Part]) -> None:
     try:
         for part in sorted(parts, key=lambda part: part.offset):
             done = 0
-            while done < len(part.into):  # one call reads at most 2 GB
-                count = os.preadv(file, [part.into[done:]], part.offset + done)
+            while done < len(part.into):
+                chunk = part.into[done : done + CHUNK]
+                count = os.preadv(file, [chunk], part.offset + done)
                 if count == 0:
                     raise OSError(f"ends {len(part.into) - done} bytes before offset {part.end}")
+                if part.digest is not None:
+                    part.digest.update(chunk[:count])
                 done += count
     finally:
         os.close(file)
 
 
 def _is_filled(path: str, parts: Sequence[Part]) -> bool:
-    """From a copy, which another process may have removed."""
+    """From a copy, which another process may have removed; once opened it is whole."""
     try:
         _fill_from_file(path, parts)
-    except OSError:
+    except FileNotFoundError:
         return False
     return True
 

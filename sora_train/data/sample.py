@@ -132,7 +132,21 @@ class SampleReader:
         return {**self.__dict__, "_bytes": {}}
 
     def read(self, task: Task, memory: NDArray[np.uint8], watcher: Watcher) -> Facts:
-        """Fills the memory of a sample, [places_of(sample).num_bytes].
+        """Fills the memory of a sample, [places_of(sample).num_bytes], and makes its draws.
+
+        Raises:
+            SampleError: see `fill`.
+        """
+        sample = task.sample
+        facts = self.fill(task, memory, watcher)
+        draw = generator(self.seed, sample.step, sample.index, Purpose.noise)
+        noise = memory[places_of(sample).noise].view(np.float32).reshape(sample.latent_shape)
+        draw.standard_normal(out=noise, dtype=np.float32)
+        watcher.decoded()
+        return facts
+
+    def fill(self, task: Task, memory: NDArray[np.uint8], watcher: Watcher) -> Facts:
+        """Everything but the noise.
 
         Raises:
             SampleError: `missing_shard`, `read`, `hash`, `record` (or a more exact word for captions that are not
@@ -146,13 +160,15 @@ class SampleReader:
         rows = memory[places.text]
         has_rows, has_text = row.text_size > 0, sample.caption is not None and row.text_size == 0
         record = bytearray(row.record_size if has_text else 0)
+        digest = xxhash.xxh3_64()
         watcher.read()
-        parts = [Part(row.medium_offset, medium.data), Part(row.record_offset, memoryview(record))]
+        parts = [Part(row.medium_offset, medium.data, digest if row.medium_xxh3 else None)]
+        parts += [Part(row.record_offset, memoryview(record))] if has_text else []
         parts += [Part(row.text_offset, rows.data)] if has_rows else []
         source = self.sources[sample.dataset]
         try:
-            self._shard_bytes(sample.dataset).fill(task.shard, [part for part in parts if part.into], watcher.read)
-            if row.medium_xxh3 and xxhash.xxh3_64_intdigest(medium.data) != row.medium_xxh3:
+            self._shard_bytes(sample.dataset).fill(task.shard, parts, watcher.read)
+            if row.medium_xxh3 and digest.intdigest() != row.medium_xxh3:
                 raise SampleError("hash", f"{row.key} is not what was indexed")
             text = self._caption(sample, bytes(record), source) if has_text else ""
             if row.latent_shape is None:
@@ -164,16 +180,11 @@ class SampleReader:
                 decode_clip(medium.tobytes(), row, sample.size, watcher.decoded, out=frames)
         except (FetchError, CaptionError, DecodeError) as error:
             raise SampleError(error.reason, error.detail) from error
-        latents = None if row.latent_shape is None else _latents(sample, medium, memory, places, is_direct)
-        watcher.decoded()
-        draw = generator(self.seed, sample.step, sample.index, Purpose.noise)
-        noise = memory[places.noise].view(np.float32).reshape(sample.latent_shape)
-        draw.standard_normal(out=noise, dtype=np.float32)
         watcher.decoded()
         return Facts(
             t=timestep(self.timesteps, self.seed, sample),
             text=text,
-            latents=latents,
+            latents=None if row.latent_shape is None else _latents(sample, medium, memory, places, is_direct),
             rows=_rows(sample, rows, places.text.start) if has_rows else None,
         )
 

@@ -107,6 +107,14 @@ def test_local_files_are_read_in_place_and_a_cut_one_is_noticed(tmp_path: Path) 
     (tmp_path / "a.tar").write_bytes(DATA)
     ranges = [(300, 5), (100, 50)]
     assert filled(LocalFileSystem(), str(tmp_path), *ranges) == [DATA[300:305], DATA[100:150]]
+    data = bytes(range(250)) * 5000
+    (tmp_path / "a.tar").write_bytes(data)
+    digest = hashlib.sha256()
+    part = Part(17, memoryview(bytearray(len(data) - 17)), digest)
+    ShardBytes(LocalFileSystem(), str(tmp_path)).fill(entry(data), [part])
+    assert bytes(part.into) == data[17:]
+    assert digest.digest() == hashlib.sha256(data[17:]).digest(), "hashed in passing"
+    (tmp_path / "a.tar").write_bytes(DATA)
     with pytest.raises(FetchError, match=r"^read: .*ends 5 bytes before"):
         filled(LocalFileSystem(), str(tmp_path), (len(DATA) - 5, 10))
 
