@@ -8,7 +8,7 @@ from av.stream import Disposition
 from media import Kind, audio, clip, drifting, encode_frames, image, remux, row_of, whole
 
 from sora_train.data.clip import decode_clip
-from sora_train.data.probe import DecodeError, probe_media
+from sora_train.data.probe import CONTAINERS, DecodeError, probe_media
 
 OPEN = (("x264-params", "open-gop=1:keyint=8:bframes=3:b-adapt=0"),)
 
@@ -66,6 +66,9 @@ def test_uneven_times_are_a_variable_rate_and_rounded_ones_are_not() -> None:
     # Milliseconds of 30 frames a second are 33, 34, 33, …
     rounded = probe_media(clip(30, 64, 80, Kind(suffix="mkv", fps=30)), "mkv")
     assert (rounded.fps, rounded.is_variable_rate) == (30.0, False)
+    # A clock that trembles by a tenth of a frame shows each frame for its time.
+    trembling = tuple(40 * i + (4 if i % 3 else 0) for i in range(30))
+    assert not probe_media(clip(30, 64, 80, Kind(milliseconds=trembling)), "mp4").is_variable_rate
     # One frame was dropped: half of the frames would be taken for their neighbours.
     dropped = tuple(33 * i for i in range(30) if i != 11)
     assert probe_media(clip(29, 64, 80, Kind(milliseconds=dropped)), "mp4").is_variable_rate
@@ -82,16 +85,25 @@ def test_frames_that_refer_to_what_was_cut_off_are_not_counted(suffix: str) -> N
     assert probe_media(cut, suffix).num_frames == 32
 
 
-def test_frames_that_are_never_shown_are_not_counted() -> None:
-    data = clip(12, 64, 80, Kind("libvpx", "webm"))
-    row = row_of(data, "webm")
-    with av.open(io.BytesIO(data), format="matroska") as container:
+@pytest.mark.parametrize(
+    ("codec", "suffix", "byte", "bit"),
+    [
+        ("libvpx", "webm", 0, 0x10),  # show_frame
+        ("mpeg4", "mp4", 5, 0x80),  # vop_coded, behind start code, kind (2 bits), second, time (3) and their markers
+    ],
+)
+def test_frames_that_are_never_shown_are_not_counted(codec: str, suffix: str, byte: int, bit: int) -> None:
+    data = clip(12, 64, 80, Kind(codec, suffix))
+    row = row_of(data, suffix)
+    with av.open(io.BytesIO(data), format=CONTAINERS[suffix]) as container:
         packet = [bytes(packet) for packet in container.demux(video=0) if packet.size][7]
-    at = data.index(packet)
-    hidden = data[:at] + bytes([data[at] & ~0x10]) + data[at + 1 :]  # its show_frame bit
-    rest = row_of(hidden, "webm")
+    at = data.index(packet) + byte
+    assert data[at] & bit
+    hidden = data[:at] + bytes([data[at] & ~bit]) + data[at + 1 :]
+    rest = row_of(hidden, suffix)
     assert (row.num_frames, rest.num_frames) == (12, 11)
-    assert np.array_equal(decode_clip(hidden, rest, whole(rest)), np.delete(decode_clip(data, row, whole(row)), 7, 0))
+    before = decode_clip(data, row, whole(row))[:7]
+    assert np.array_equal(decode_clip(hidden, rest, whole(rest, 0, 7)), before)
 
 
 def test_a_picture_on_the_cover_is_not_the_video() -> None:
@@ -123,6 +135,12 @@ def test_a_truncated_file_is_no_shorter_clip(kind: Kind) -> None:
     with pytest.raises(DecodeError) as caught:
         probe_media(data[: len(data) * 7 // 10], kind.suffix)
     assert caught.value.reason == "frame_count"
+
+
+def test_half_a_frame_at_the_end_is_no_frame() -> None:
+    data = clip(40, 64, 80)
+    with pytest.raises(DecodeError, match="frame_count: 39 of 40"):
+        probe_media(data[:-20], "mp4")
 
 
 def test_sound_alone_is_no_video() -> None:
