@@ -92,7 +92,6 @@ class _Unit(NamedTuple):
 class _Filling(NamedTuple):
     """All clips on units, before they are laid out in them."""
 
-    time: float
     units: list[_Unit]
     heights: list[float]  # of each micro-step
 
@@ -152,12 +151,29 @@ class _Planner:
                 if len(fillings) == tries:
                     break
             if fillings:
-                best = min(fillings, key=lambda filling: filling.time)
-                plan: list[list[Group]] = [[] for _ in range(micro_steps)]
-                for unit in best.units:
-                    plan[unit.micro_step] += self._groups(unit, best.heights[unit.micro_step])
-                return plan
+                plans = [self._lay_out(filling, micro_steps) for filling in fillings]
+                return plans[0] if len(plans) == 1 else min(plans, key=self._time)
             micro_steps += 1
+
+    def _lay_out(self, filling: _Filling, micro_steps: int) -> list[list[Group]]:
+        plan: list[list[Group]] = [[] for _ in range(micro_steps)]
+        for unit in filling.units:
+            plan[unit.micro_step] += self._groups(unit, filling.heights[unit.micro_step])
+        return plan
+
+    def _time(self, plan: list[list[Group]]) -> float:
+        """Sum of the heights, and something for the tokens that travel."""
+        tokens, cost = self.clips.tokens, self.clips.cost
+        time, travelling = 0.0, 0
+        for groups in plan:
+            height = 0.0
+            for _, whole, shared, shares in groups:
+                fixed, a_token = self._shared_costs(shared, len(shares)) if shared else (0.0, 0.0)
+                for clips, share in zip(whole, shares, strict=True):
+                    height = max(height, sum([cost[i] for i in clips]) + fixed + share * a_token)
+                travelling += sum([tokens[i] for i in shared])
+            time += height
+        return time + (SHARING_WEIGHT - 1) * self.cost.travelling_token * travelling / self.world_size
 
     def _outlines(self, micro_steps: int) -> Iterator[_Outline]:
         tokens, cost, world, room = self.clips.tokens, self.clips.cost, self.world_size, self.room
@@ -218,7 +234,8 @@ class _Planner:
         for size in (1, self.group_size):
             if size == 1 and outweighs and self.group_size > 1:
                 continue
-            if (filled := self._fill_level(left, size, height, tall, micro_steps)) is not None:
+            heavy = height * EXPECTED_SHARED if outweighs else float("inf")
+            if (filled := self._fill_level(left, size, height, heavy, tall, micro_steps)) is not None:
                 units, levels = filled
                 if best is None or sum(levels) < best[0]:
                     best = (sum(levels), units, levels)
@@ -227,10 +244,7 @@ class _Planner:
         if best is None:
             return None
         heights = outline.heights[:tall] + best[2]
-        units = tall_units + best[1]
-        shared = sum(self._expected_shared(unit.members, heights[unit.micro_step]) for unit in units if unit.size > 1)
-        weight = (SHARING_WEIGHT - 1) * self.cost.travelling_token / self.world_size
-        return _Filling(sum(heights) + weight * shared, units, heights)
+        return _Filling(tall_units + best[1], heights)
 
     def _fill_tall(self, outline: _Outline) -> tuple[list[_Unit], list[int]]:
         """The units of the tall micro-steps, and the clips that are left."""
@@ -287,9 +301,12 @@ class _Planner:
         return units, left
 
     def _fill_level(
-        self, left: Sequence[int], size: int, height: float, first: int, micro_steps: int
+        self, left: Sequence[int], size: int, height: float, heavy: float, first: int, micro_steps: int
     ) -> tuple[list[_Unit], list[float]] | None:
-        """Units of the level micro-steps and the height of each; None where a clip finds no room."""
+        """Units of the level micro-steps and the height of each; None where a clip finds no room.
+
+        Clips that cost more than `heavy` are counted with their all-to-all.
+        """
         tokens, cost, travel = self.clips.tokens, self.clips.cost, self.cost.travelling_token
         blocks = _blocks(self.world_size, size)
         sizes = [block_size for _ in range(first, micro_steps) for _, block_size in blocks]
@@ -302,7 +319,7 @@ class _Planner:
         heapq.heapify(done)
         for i in left:
             amount, length = cost[i], tokens[i]
-            if size > 1 and amount > height * EXPECTED_SHARED:
+            if size > 1 and amount > heavy:
                 amount += travel * length * (size - 1) / size
             aside = []
             while done and rooms[done[0][1]] < length:
@@ -317,7 +334,7 @@ class _Planner:
             for entry in aside:
                 if rooms[entry[1]] >= tokens[-1]:
                     heapq.heappush(done, entry)
-        loads = [self._load(members[number], sizes[number], height) for number in range(len(sizes))]
+        loads = [self._load(members[number], sizes[number], heavy) for number in range(len(sizes))]
         # Units of like load share a micro-step.
         levels, units = [0.0] * (micro_steps - first), []
         for place, (rank, block_size) in enumerate(blocks):
@@ -334,17 +351,17 @@ class _Planner:
                 levels[step] = max(levels[step], loads[number])
         return units, levels
 
-    def _load(self, members: list[int], size: int, height: float) -> float:
+    def _load(self, members: list[int], size: int, heavy: float) -> float:
         """Of each rank of a block, were it level, with the all-to-all of clips that are expected to be shared."""
         cost = self.clips.cost
         load = sum([cost[i] for i in members])
         if size > 1:
-            load += self.cost.travelling_token * self._expected_shared(members, height) * (size - 1) / size
+            load += self.cost.travelling_token * self._over(members, heavy) * (size - 1) / size
         return load / size
 
-    def _expected_shared(self, members: list[int], height: float) -> int:
-        """Tokens of the clips that the ranks of a block will share."""
-        return sum([self.clips.tokens[i] for i in members if self.clips.cost[i] > height * EXPECTED_SHARED])
+    def _over(self, members: list[int], heavy: float) -> int:
+        """Tokens of the clips that cost more."""
+        return sum([self.clips.tokens[i] for i in members if self.clips.cost[i] > heavy])
 
     def _groups(self, unit: _Unit, height: float) -> list[Group]:
         members, size, rank = unit.members, unit.size, unit.first_rank
