@@ -22,16 +22,16 @@ class Selection:
 
     def trained(self, table: ShardTable) -> NDArray[np.int64]:
         """The rows that are trained on, ascending."""
-        return np.flatnonzero(self._is_taken(table) & ~are_held_out(table, self.held_out_fraction))
+        return self._taken(table, ~are_held_out(table, self.held_out_fraction))
 
     def held_out(self, table: ShardTable) -> NDArray[np.int64]:
         """The rows that are kept for validation, ascending."""
-        return np.flatnonzero(self._is_taken(table) & are_held_out(table, self.held_out_fraction))
+        return self._taken(table, are_held_out(table, self.held_out_fraction))
 
-    def _is_taken(self, table: ShardTable) -> NDArray[np.bool_]:
-        if self.media is Media.any:
-            return np.ones(len(table), dtype=np.bool_)
-        return table.is_image if self.media is Media.image else ~table.is_image
+    def _taken(self, table: ShardTable, rows: NDArray[np.bool_]) -> NDArray[np.int64]:
+        if self.media is not Media.any:
+            rows = rows & (table.is_image if self.media is Media.image else ~table.is_image)
+        return np.flatnonzero(rows)
 
 
 def is_held_out(source_sha256: str, fraction: float) -> bool:
@@ -41,5 +41,10 @@ def is_held_out(source_sha256: str, fraction: float) -> bool:
 
 def are_held_out(table: ShardTable, fraction: float) -> NDArray[np.bool_]:
     """`is_held_out` of every row's source."""
-    digits = np.ascontiguousarray(table.source[:, :8]).view(">u8")[:, 0] >> (64 - 4 * HELD_OUT_DIGITS)
-    return digits < np.uint64(math.ceil(fraction * 16**HELD_OUT_DIGITS))
+    end = math.ceil(fraction * 16**HELD_OUT_DIGITS)
+    # The first byte tells most of them apart; the others are few.
+    held_out = table.source[:, 0] <= end >> 4 * HELD_OUT_DIGITS - 8
+    unsure = np.flatnonzero(held_out)
+    digits = np.ascontiguousarray(table.source[unsure, :8]).view(">u8")[:, 0] >> (64 - 4 * HELD_OUT_DIGITS)
+    held_out[unsure] = digits < np.uint64(end)
+    return held_out

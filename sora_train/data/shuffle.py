@@ -126,8 +126,7 @@ class Shuffle:
 
     def _load_epoch(self, epoch: int) -> Epoch:
         draw = generator(self.seed, epoch, 0, Purpose.shard_order, self.stream)
-        shuffled = np.argsort(draw.random(self._strata.shape), axis=1)
-        columns = np.take_along_axis(self._strata, shuffled, axis=1).T
+        columns = draw.permuted(self._strata, axis=1).T
         shards = columns[columns >= 0]
         window_ends = np.cumsum((columns >= 0).sum(axis=1))
         token_ends = np.cumsum(self.totals.tokens[shards])[window_ends - 1]

@@ -132,13 +132,15 @@ def clip_sizes(sources: ShardTable | SourceSizes, config: SizeConfig, stride: St
     one token is left, or where latents do not fit the codec and the patches."""
     pixels = np.maximum(sources.height * sources.width, 1)
     scale = np.minimum(1.0, np.sqrt(config.max_pixels / pixels))
-    scaled_height = _whole(sources.height * scale)
-    scaled_width = _whole(sources.width * scale)
+    # Of numbers >= 0, what astype cuts off is what floor does.
+    scaled_height = (sources.height * scale + TOLERANCE).astype(np.int64)
+    scaled_width = (sources.width * scale + TOLERANCE).astype(np.int64)
     height, width = scaled_height // stride.height * stride.height, scaled_width // stride.width * stride.width
     frame_step = np.maximum(1.0, sources.fps / config.sampling_fps)
-    sampled = np.minimum(_whole((sources.num_frames - 1) / frame_step) + 1, config.max_frames)
+    sampled = np.floor((sources.num_frames - 1) / frame_step + (1 + TOLERANCE)).astype(np.int64)
+    sampled = np.minimum(sampled, config.max_frames)
     num_frames = 1 + (sampled - 1) // stride.frames * stride.frames
-    spare = np.maximum(_whole((sources.num_frames - 1) - (num_frames - 1) * frame_step), 0)
+    spare = np.maximum((sources.num_frames - 1) - (num_frames - 1) * frame_step + TOLERANCE, 0).astype(np.int64)
     is_latent = sources.is_latent
     if is_latent.any():
         channels, frames, rows, columns = sources.latent_shape.T
@@ -153,10 +155,6 @@ def clip_sizes(sources: ShardTable | SourceSizes, config: SizeConfig, stride: St
     frames = np.maximum(1 + (num_frames - 1) // stride.frames, 0)
     num_tokens = frames * (height // stride.height) * (width // stride.width)
     return ClipSizes(num_frames, height, width, scaled_height, scaled_width, frame_step, spare, num_tokens)
-
-
-def _whole(values: NDArray[np.float64]) -> Numbers:
-    return np.floor(values + TOLERANCE).astype(np.int64)
 
 
 def clip_size(row: IndexRow, config: SizeConfig, stride: Stride, part: float | None = None) -> ClipSize:
