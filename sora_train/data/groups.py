@@ -30,7 +30,7 @@ SHARING_WEIGHT = 1.25
 # In a block, clips over this part of a rank's height are expected to be shared.
 EXPECTED_SHARED = 0.5
 # Few clips even out less of an estimate's error: of up to so many, the best of some outlines is filled and compared.
-FEW_CLIPS, TRIES = 128, 3
+FEW_CLIPS, TRIES = 64, 3
 # Above this share of its height wasted, a level micro-step of whole clips is planned again with sharing.
 WASTE = 0.004
 
