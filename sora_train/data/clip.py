@@ -15,7 +15,7 @@ import numpy as np
 from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -167,8 +167,8 @@ def _fit(frame: VideoFrame, converter: VideoReformatter, stream: VideoStream, ro
     if (height, width, turn) != (row.height, row.width, row.rotation):
         said = f"{row.height}x{row.width} turned by {row.rotation}"
         raise DecodeError("frame_size", f"{height}x{width} turned by {turn}, the index says {said}")
-    # One thread: children are many. The plane is read in place, its lines are padded.
-    picture = converter.reformat(frame, format="rgb24", dst_color_range=ColorRange.JPEG, threads=1)
+    # Matrix and range are the frame's. One thread: children are many. The plane is read in place, its lines padded.
+    picture = converter.reformat(frame, format="rgb24", threads=1)
     plane: Any = picture.planes[0]  # a buffer, of which PyAV's annotations do not speak
     lines = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, -1)
     pixels = lines[:, : frame.width * 3].reshape(frame.height, frame.width, 3)

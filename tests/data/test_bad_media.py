@@ -92,6 +92,12 @@ CASES: dict[str, tuple[tuple[str, bytes], Callable[[bytes], bytes], str, str]] =
     # Only its middle: the index looks at the first frame and at the tables.
     "corrupt middle": (MP4, flipped_in_the_middle, "", "decode"),
     "a shorter clip": (MP4, lambda data: clip(23, 64, 64), "", "frame_count"),
+    "a longer clip, decoded to be counted": (
+        ("mp4", clip(24, 64, 64, Kind("mpeg4"))),
+        lambda data: clip(25, 64, 64, Kind("mpeg4")),
+        "",
+        "frame_count",
+    ),
     "another size": (MP4, lambda data: clip(24, 64, 80), "", "frame_size"),
     "turned on its side": (MP4, lambda data: clip(24, 64, 64, Kind(rotation=90)), "", "frame_size"),
     "h264 of 16k x 16k": (H264, lambda data: h264_of(data, 16000), "too_large", "too_large"),
@@ -122,6 +128,11 @@ def test_bad_media_have_a_reason_each(name: str) -> None:
         assert caught.value.reason == at_indexing, caught.value
     else:
         probe_media(bad, suffix)
+
+
+def test_the_size_that_is_refused_is_named() -> None:
+    with pytest.raises(DecodeError, match="16000x16000 is declared"):
+        probe_media(h264_of(H264[1], 16000), "mp4")
 
 
 def test_a_row_that_fits_no_memory_is_refused_unread() -> None:
