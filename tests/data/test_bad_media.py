@@ -130,6 +130,34 @@ def test_bad_media_have_a_reason_each(name: str) -> None:
         probe_media(bad, suffix)
 
 
+def test_times_that_contradict_the_decoder_are_refused() -> None:
+    data = clip(24, 64, 64, Kind(suffix="mkv", options=(("bf", "0"),)))
+    sink = io.BytesIO()
+    with av.open(io.BytesIO(data), format="matroska") as source, av.open(sink, "w", format="matroska") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        packets[14].pts, packets[15].pts = packets[15].pts, packets[14].pts
+        for number, packet in enumerate(packets):
+            packet.stream, packet.dts = stream, 125 * (number - 2)
+            output.mux(packet)
+    row = row_of(data, "mkv")
+    assert decode_clip(sink.getvalue(), row, whole(row, 0, 12)).shape[0] == 12
+    with pytest.raises(DecodeError, match="is missing: after"):
+        decode_clip(sink.getvalue(), row, whole(row))
+
+
+def test_a_frame_that_never_comes_is_missed() -> None:
+    suffix, data = WEBM
+    row = row_of(data, suffix)
+    with av.open(io.BytesIO(data), format="matroska") as container:
+        last = [bytes(packet) for packet in container.demux(video=0) if packet.size][-1]
+    at = data.index(last)
+    bad = data[:at] + bytes([data[at] & ~0x02]) + data[at + 1 :]  # its show_frame bit: decoded, and kept back
+    assert probe_media(bad, suffix).num_frames == 24
+    with pytest.raises(DecodeError, match="frame_count: 23 of 24"):
+        decode_clip(bad, row, whole(row))
+
+
 def test_the_size_that_is_refused_is_named() -> None:
     with pytest.raises(DecodeError, match="16000x16000 is declared"):
         probe_media(h264_of(H264[1], 16000), "mp4")

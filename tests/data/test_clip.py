@@ -85,6 +85,12 @@ def test_an_image_is_a_clip_of_one_frame(suffix: str, levels: float) -> None:
     assert differences(decode_clip(data, wanted, whole(wanted)), drifting(1, 64, 80)) < levels
 
 
+def test_a_second_picture_behind_the_first_is_left_alone() -> None:
+    data = image(64, 80, "jpg") + image(64, 80, "jpg", seed=5)  # as phones write depth maps and moving photographs
+    wanted = row_of(data, "jpg")
+    assert differences(decode_clip(data, wanted, whole(wanted)), drifting(1, 64, 80)) < 2
+
+
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "libsvtav1"])
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv420p10le"])
 def test_codecs_and_depths_decode_to_what_was_drawn(codec: str, pixels: str) -> None:
