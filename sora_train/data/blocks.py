@@ -3,6 +3,7 @@
 import mmap
 import os
 from collections import deque
+from itertools import count
 from weakref import finalize
 
 import numpy as np
@@ -13,9 +14,12 @@ from sora_train.data.handover import memory_file
 
 
 class Block:
-    """Memory that can be handed to a child: `file` is its descriptor, `map` the bytes."""
+    """Memory that can be handed to a child: `file` is its descriptor, `map` the bytes, `number` its own."""
+
+    _numbers = count(1)
 
     def __init__(self, num_bytes: int) -> None:
+        self.number = next(self._numbers)
         self.num_bytes = -(-max(1, num_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.file = memory_file(self.num_bytes)
         self.map = mmap.mmap(self.file, self.num_bytes)
@@ -35,7 +39,8 @@ class Blocks:
         self._free: list[Block] = []
         # Filled by finalizers, which run at any time, in any thread.
         self._returned: deque[Block] = deque()
-        self._in_use = self._most = 0
+        self._in_use: dict[int, int] = {}  # bytes by number
+        self._most = 0
 
     def take(self, num_bytes: int) -> Block:
         """One of at least so many bytes, with whatever was last written there."""
@@ -47,15 +52,15 @@ class Blocks:
             self._free.remove(block)
         else:
             block = Block(num_bytes)
-        self._in_use += block.num_bytes
-        self._most = max(self._most, self._in_use)
+        self._in_use[block.number] = block.num_bytes
+        self._most = max(self._most, sum(self._in_use.values()))
         while self._free and self.num_bytes > self._most:
             self._free.remove(min(self._free, key=lambda block: block.num_bytes))
         return block
 
     def give_back(self, block: Block) -> None:
         """Of a block that nothing refers to."""
-        self._in_use -= block.num_bytes
+        del self._in_use[block.number]
         self._free.append(block)
 
     def lend(self, block: Block) -> Tensor:
@@ -68,4 +73,9 @@ class Blocks:
     @property
     def num_bytes(self) -> int:
         """In use and free."""
-        return self._in_use + sum(block.num_bytes for block in self._free)
+        return sum(self._in_use.values()) + sum(block.num_bytes for block in self._free)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of all blocks that there are."""
+        return (*self._in_use, *(block.number for block in self._free))

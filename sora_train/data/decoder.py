@@ -10,6 +10,7 @@ import mmap
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import sys
@@ -20,8 +21,6 @@ from typing import Any
 
 from sora_train.data.handover import Phase, Status, receive, send
 
-# All pages at once where that is possible: one by one they cost more than what is read into them.
-MAPPED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 # This much longer than its parent would wait, a child waits for itself.
 GRACE = 3
 
@@ -33,6 +32,7 @@ class Setup:
     reader: Any  # SampleReader, whose module the child imports when it is unpickled
     memory_bytes: int
     patience: dict[Phase, float]  # seconds without a sign of life
+    expects_scaling: bool  # for which torch is needed
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,30 @@ class Request:
     task: Any  # Task
     start: int
     num_bytes: int
+    block: int  # number of the memory
+    blocks: tuple[int, ...]  # those that the parent has
+
+
+class Memory:
+    """What this process sees of its parent's memory: while a decoder runs, the part of its own sample alone.
+
+    Where nothing is decoded whole blocks stay mapped, which spares latents half of what they cost.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, mmap.mmap] = {}
+
+    def part(self, request: Request, file: int) -> memoryview:
+        """The memory of a request. Maps are not closed but forgotten: what an error left behind may refer to them."""
+        if request.task.sample.row.latent_shape is None:
+            self._blocks.clear()
+            # All pages at once where that is possible: one by one they cost more than what is written to them.
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            return memoryview(mmap.mmap(file, request.num_bytes, flags=flags, offset=request.start))
+        self._blocks = {number: known for number, known in self._blocks.items() if number in request.blocks}
+        if request.block not in self._blocks:
+            self._blocks[request.block] = mmap.mmap(file, os.fstat(file).st_size)
+        return memoryview(self._blocks[request.block])[request.start : request.start + request.num_bytes]
 
 
 class Signs:
@@ -93,6 +117,9 @@ def main(control: socket.socket, lifeline: int, status: Status) -> None:
     signs = Signs(status, setup.patience)
     signs.idle()
     _say(control, {"ready": True})
+    if setup.expects_scaling and not select.select([control], [], [], 0.2)[0]:
+        import torch  # noqa: F401  # takes seconds: rather now, with nothing else to do
+    memory = Memory()
     while True:
         try:
             message, file = receive(control)
@@ -101,20 +128,20 @@ def main(control: socket.socket, lifeline: int, status: Status) -> None:
         request: Request = pickle.loads(message)
         signs.begin(request.number)
         assert file is not None
-        memory = mmap.mmap(file, request.num_bytes, flags=MAPPED, offset=request.start)
+        part = memory.part(request, file)
         os.close(file)
-        answer = read(request.task, memory, signs)
-        del memory  # not closed: what an error left behind may still refer to it
+        answer = read(request.task, part, signs)
+        del part
         signs.idle()
         _say(control, {"number": request.number, **answer})
 
 
-def _reading(reader: Any) -> Callable[[Any, mmap.mmap, Signs], dict[str, Any]]:
+def _reading(reader: Any) -> Callable[[Any, memoryview, Signs], dict[str, Any]]:
     import numpy as np
 
     from sora_train.data.sample import SampleError
 
-    def read(task: Any, memory: mmap.mmap, signs: Signs) -> dict[str, Any]:
+    def read(task: Any, memory: memoryview, signs: Signs) -> dict[str, Any]:
         try:
             return {"facts": asdict(reader.read(task, np.frombuffer(memory, dtype=np.uint8), signs))}
         except SampleError as error:

@@ -81,7 +81,7 @@ def build_loader(
         patch = (model.patch_height, model.patch_width)
         assembly = Assembly(timesteps, seed, order.stride, codec.channels, patch)
         if pool is not None:
-            pool.open(reader)
+            pool.open(reader, expects_scaling=any(not item.manifest.encoders for item in order.datasets))
         return Loader(order, reader, assembly, pool, config, global_rank, world_size, masked or {})
     except BaseException:
         if pool is not None:

@@ -159,9 +159,9 @@ class Pool:
         self._thread = threading.Thread(target=self._supervise, name="decoding", daemon=True)
         self._thread.start()
 
-    def open(self, reader: SampleReader) -> None:
-        """Says what reads the samples; before the first job."""
-        self._setup = pickle.dumps(Setup(reader, self.memory_bytes, self.patience))
+    def open(self, reader: SampleReader, expects_scaling: bool = False) -> None:
+        """Says what reads the samples, and whether frames will be scaled; before the first job."""
+        self._setup = pickle.dumps(Setup(reader, self.memory_bytes, self.patience, expects_scaling))
         self._wake()
 
     def submit(self, tasks: Sequence[Task | None], is_urgent: bool = False) -> Job:
@@ -273,7 +273,14 @@ class Pool:
             job.block = self.blocks.take(job.num_bytes)
         self._numbers += 1
         child.tasks.append((self._numbers, job, number))
-        request = Request(self._numbers, task, job.starts[number], places_of(task.sample).num_bytes)
+        request = Request(
+            self._numbers,
+            task,
+            job.starts[number],
+            places_of(task.sample).num_bytes,
+            job.block.number,
+            self.blocks.numbers,
+        )
         self._say(child, pickle.dumps(request), job.block.file)
 
     def _say(self, child: _Child, message: bytes, file: int | None = None) -> None:
