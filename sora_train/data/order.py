@@ -20,14 +20,12 @@ from sora_train.data.captions import check_captions, choose_caption, weights_at
 from sora_train.data.draws import VALIDATION_STEP, Purpose, generator
 from sora_train.data.index import Dataset, open_dataset
 from sora_train.data.schema import IndexRow
-from sora_train.data.selection import Selection, is_held_out
+from sora_train.data.selection import Selection
 from sora_train.data.shuffle import Shuffle, ShuffledClip
 from sora_train.data.size import ClipSize, clip_sizes, token_stride
 from sora_train.data.stages import Stage, build_stages
 from sora_train.data.totals import LongestClip, Rule, load_totals
 from sora_train.encoders.codec_shape import CodecShape
-
-__all__ = ["GlobalBatch", "Order", "PlannedSample", "is_held_out", "open_datasets"]
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,11 @@ def test_windows_that_are_not_shuffled_would_show(monkeypatch: pytest.MonkeyPatc
         def permutation(self, count: int) -> Numbers:
             return np.arange(count)
 
-        def random(self, shape: tuple[int, ...] = ()) -> NDArray[np.float64]:
-            return np.random.default_rng(0).random(shape)
+        def permuted(self, grid: Numbers, axis: int) -> Numbers:
+            return np.random.default_rng(0).permuted(grid, axis=axis)
+
+        def random(self) -> float:
+            return 0.5
 
     monkeypatch.setattr(shuffle, "generator", lambda *key: Unshuffled())
     assert min(uneven(epoch(is_sorted=True)[0])) > 10
@@ -70,7 +73,7 @@ def test_shards_dealt_without_strata_would_show(monkeypatch: pytest.MonkeyPatch)
 
     def at_random(totals: Totals, most: int) -> Numbers:
         grid = dealt(totals, most)
-        return np.random.default_rng(0).permutation(grid.ravel()).reshape(grid.shape)
+        return np.random.default_rng(1).permutation(grid.ravel()).reshape(grid.shape)
 
     monkeypatch.setattr(shuffle, "strata", at_random)
     assert uneven(epoch(is_sorted=True)[0])[1] > 4
