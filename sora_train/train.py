@@ -10,10 +10,11 @@ import torch
 
 from sora_train.config.command import hydra_app
 from sora_train.config.root import TrainConfig
+from sora_train.cost.memory import largest_pack
 from sora_train.data.loader import build_loader
 from sora_train.distributed import runtime
 from sora_train.distributed.engine import accumulate, build_engine, gradient_norm, set_learning_rate
-from sora_train.distributed.parallelize import parallelize
+from sora_train.distributed.parallelize import check_memory, parallelize
 from sora_train.distributed.partitions import fragments
 from sora_train.encoders.video_codec import codec_shape
 from sora_train.models.video_dit import VideoDiT
@@ -36,6 +37,7 @@ def main(config: TrainConfig) -> None:
     facts = run.check(config)  # what can be wrong is said before a device is touched
     world = runtime.start(config.threads)
     run_dir = run.open_run_dir(config, world)
+    check_memory(config, world)
 
     # build
     quarantine = Quarantine(run_dir, config.data.max_bad_share)
@@ -51,7 +53,7 @@ def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     model = VideoDiT(config.model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    parallelize(model, config.parallel, world)
+    parallelize(model, config.parallel, world, largest_pack(config))
     engine = build_engine(model, build_optimizer(model, config.optim, world.device), config.parallel, config.optim)
     held = fragments(engine)
     ema = Ema(held, config.ema)

@@ -1,4 +1,5 @@
-"""Settings of the engine: how parameters are partitioned, in which precision, on which attention kernel."""
+"""Settings of the engine: how parameters are partitioned, in which precision, on which attention kernel, and how
+activations are kept from the forward to the backward pass."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -17,11 +18,31 @@ class AttentionKind(Enum):
     flash = "flash"  # the flash-attn package, CUDA
 
 
+class Checkpointing(Enum):
+    """What the backward pass computes again instead of finding it in memory. Bytes are those a block of Wan 2.1 1.3B
+    keeps in bf16 for a token and channel (cost/memory.py counts them for any)."""
+
+    none = "none"  # nothing: 113 bytes
+    # Keeps what matrix products and attention gave, except the MLP's wide hidden layer, and computes the cheap rest
+    # again: 20 bytes for up to 10 % more FLOPs, the less the longer the clips. Of compiled blocks it keeps what
+    # attention gave: fewer bytes, more FLOPs.
+    operations = "operations"
+    block = "block"  # keeps the input of each block: 2 bytes for a third more FLOPs
+    # Of each block the mildest of these with which max_tokens_per_pack fits in activation_memory_gib.
+    budget = "budget"
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     # DeepSpeed ZeRO: 0 replicates, 1 partitions optimizer states, 2 also gradients, 3 also parameters.
     zero_stage: int = 1
     precision: Precision = Precision.bf16
     attention: AttentionKind = AttentionKind.auto
-    # Recompute each block's activations in the backward pass.
-    checkpoint_activations: bool = False
+    checkpointing: Checkpointing = Checkpointing.none
+    # GiB a rank may fill with activations, for checkpointing=budget.
+    activation_memory_gib: float = 0.0
+    # Keep activations in the host's memory between the passes, copied while the device computes.
+    offload_activations: bool = False
+    # torch.compile of the blocks: once for all lengths of packs. Without a compiler, blocks run as they are, and a line
+    # says so. On CUDA compiled code sums some gradients in no fixed order: a resumed run is then close, not bitwise.
+    compile: bool = False

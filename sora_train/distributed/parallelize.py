@@ -1,15 +1,19 @@
-"""Applies to a model, from outside, all that depends on the machine: the attention kernel and recomputation.
+"""Applies to a model, from outside, all that depends on the machine: the attention kernel, compilation, recomputation.
 
 The model knows nothing of ranks or devices; the order here is the order of application.
 """
 
-import functools
 import logging
+from collections import Counter
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from sora_train.config.parallel import ParallelConfig, Precision
+from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
+from sora_train.config.root import ConfigError, TrainConfig
+from sora_train.cost.memory import GIB, PackSize, block_modes, estimate
+from sora_train.distributed.activations import BlockRunner
+from sora_train.distributed.compilation import compile_blocks
+from sora_train.distributed.offload import Offload
 from sora_train.distributed.topology import World
 from sora_train.models.attention import apply_core
 from sora_train.models.video_dit import VideoDiT
@@ -17,16 +21,69 @@ from sora_train.models.video_dit import VideoDiT
 log = logging.getLogger(__name__)
 
 
-def parallelize(model: VideoDiT, config: ParallelConfig, world: World, *, is_quiet: bool = False) -> None:
-    """1. every `Attention.core` becomes the configured kernel; 2. blocks recompute their activations if asked.
+def parallelize(
+    model: VideoDiT, config: ParallelConfig, world: World, pack: PackSize | None = None, *, is_quiet: bool = False
+) -> None:
+    """1. every `Attention.core` becomes the configured kernel; and of a model that is trained, 2. blocks are compiled,
+    3. they compute activations again in the backward pass, or keep them on the host, as configured.
 
-    One line says which kernel runs and why, unless `is_quiet`.
+    One line each says what runs and why, unless `is_quiet`.
+
+    Args:
+        model: on any device.
+        config: what is wanted.
+        world: this rank and its device.
+        pack: the largest that the model is trained on; None: it is not trained.
+        is_quiet: say nothing.
+
+    Raises:
+        ConfigError: a kernel that cannot run here, activations that do not fit in their budget.
     """
+    check_parallel(config)
     reason = apply_core(model, config.attention, world.device, compute_dtype(config))
-    if world.is_main and not is_quiet:
+    is_heard = world.is_main and not is_quiet
+    if is_heard:
         log.info("attention: %s", reason)
-    if config.checkpoint_activations:
-        model.run_block = functools.partial(checkpoint, use_reentrant=False)
+    if pack is None:
+        return
+    if config.compile:
+        compile_blocks(model.blocks, world.device, backend="inductor")
+    modes = block_modes(model.config, config, pack)
+    if set(modes) != {Checkpointing.none}:
+        offload = Offload(world.device) if config.offload_activations else None
+        model.run_block = BlockRunner(dict(zip(model.blocks, modes, strict=True)), offload, model.run_block)
+        if is_heard:
+            counts = ", ".join(f"{mode.value} of {count} blocks" for mode, count in Counter(modes).items())
+            log.info("checkpointing: %s%s", counts, ", kept on the host" if offload else "")
+
+
+def check_parallel(config: ParallelConfig) -> None:
+    """Raises ConfigError for settings that do nothing together."""
+    has_budget = config.activation_memory_gib > 0
+    if has_budget != (config.checkpointing is Checkpointing.budget):
+        raise ConfigError(
+            f"parallel.checkpointing={config.checkpointing.value} with parallel.activation_memory_gib="
+            f"{config.activation_memory_gib:g}: a budget needs both, checkpointing=budget and more than 0 GiB"
+        )
+    if config.offload_activations and config.checkpointing is Checkpointing.none:
+        raise ConfigError(
+            "parallel.offload_activations moves what checkpointing keeps, and parallel.checkpointing=none keeps "
+            "everything: choose operations, block or budget"
+        )
+
+
+def check_memory(config: TrainConfig, world: World) -> None:
+    """Says in one line what the run needs, before a model is built.
+
+    Raises:
+        ConfigError: more than this rank's CUDA device has. Compiled blocks may need less than is counted: no refusal.
+    """
+    device_gib = None
+    if world.device.type == "cuda" and not config.parallel.compile:
+        device_gib = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    needed = estimate(config, world.world_size, device_gib)
+    if world.is_main:
+        log.info("%s", needed.line)
 
 
 def compute_dtype(config: ParallelConfig) -> torch.dtype:

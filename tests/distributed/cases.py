@@ -14,20 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.config.checkpoint import CheckpointConfig
+from sora_train.config.model import ModelConfig, TextConfig, TextKind
 from sora_train.config.optim import EmaConfig, OptimConfig
-from sora_train.config.parallel import ParallelConfig, Precision
+from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
 from sora_train.config.root import ConfigError
+from sora_train.cost.memory import PackSize
 from sora_train.distributed import runtime
+from sora_train.distributed.activations import BlockRunner
 from sora_train.distributed.collectives import barrier, gather_facts
 from sora_train.distributed.engine import accumulate, build_engine, set_learning_rate
+from sora_train.distributed.parallelize import parallelize
 from sora_train.distributed.partitions import fragments
 from sora_train.distributed.topology import World
+from sora_train.models.attention import PackLayout
+from sora_train.models.video_dit import VideoDiT
 from sora_train.training.checkpoint import Checkpoints, TrainState
 from sora_train.training.ema import Ema
 from sora_train.training.optim import build_optimizer
 
 OPTIM = OptimConfig(clip_norm=1.0, learning_rate=0.01, weight_decay=0.1)
 STEPS = 4
+DIT = ModelConfig(
+    width=24, depth=3, heads=2, mlp_width=48, in_channels=4, out_channels=4,
+    text=TextConfig(kind=TextKind.encoder, width=16),
+)  # fmt: skip
 # Rows of each micro-step's pack on each rank: unequal sizes, several micro-steps.
 ROWS = {1: [[6, 10]], 2: [[1, 5], [7, 3]], 3: [[1, 5], [4, 2], [3, 1]]}
 
@@ -217,12 +227,57 @@ def continues(world: World, folder: Path, stage: int, precision: Precision) -> d
     }
 
 
+def keeps_activations_in_any_way(world: World, folder: Path, stage: int, precision: Precision) -> dict[str, Any]:
+    """Two steps of a model in each mode of checkpointing, as parameters come and go; and bytes of its states."""
+    pack = PackSize(tokens=9, text_rows=4, samples=2)
+    losses, weights, held_bytes = [], [], {}
+    for mode, is_offloaded in (
+        (Checkpointing.none, False),
+        (Checkpointing.block, False),
+        (Checkpointing.operations, True),
+    ):
+        torch.manual_seed(7)
+        model = VideoDiT(DIT)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        parallel = ParallelConfig(
+            zero_stage=stage, precision=precision, checkpointing=mode, offload_activations=is_offloaded
+        )
+        parallelize(model, parallel, world, pack, is_quiet=True)
+        if isinstance(model.run_block, BlockRunner) and model.run_block.offload:
+            model.run_block.offload.min_bytes = 0
+        engine = build_engine(model, build_optimizer(model, OPTIM, world.device), parallel, OPTIM)
+        total = []
+        for step in range(2):
+            set_learning_rate(engine, OPTIM.learning_rate)
+            draw = torch.Generator().manual_seed(10 * step + world.global_rank)
+            tokens, rows = torch.randn(9, 16, generator=draw), torch.randn(4, 16, generator=draw)
+            layout = PackLayout.build([6, 3], [1, 3])
+            for is_last in (False, True):
+                out = engine(tokens, torch.zeros(9, 3, dtype=torch.int64), torch.tensor([0.2, 0.7]), rows, layout)
+                loss = out.square().sum() / 16
+                total.append(sum(gather_facts(loss.item())))
+                accumulate(engine, loss, is_last=is_last)
+        losses.append(total)
+        held = fragments(engine)
+        weights.append([fragment.master.clone() for fragment in held])
+        kept = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+        held_bytes = {
+            "parameters": sum(gather_facts(sum(value.numel() * value.element_size() for value in kept))),
+            "optimizer": sum(gather_facts(sum(4 * s.numel() for f in held for s in (f.master, *f.states.values())))),
+            "ema": sum(gather_facts(4 * sum(fragment.length for fragment in held))),
+        }
+    same = all(torch.equal(a, b) for other in weights[1:] for a, b in zip(weights[0], other, strict=True))
+    return {"losses": losses, "weights": all(gather_facts(same)), "bytes": held_bytes}
+
+
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "equals_one_process": equals_one_process,
     "resumes_bitwise": resumes_bitwise,
     "resumes_elsewhere": resumes_elsewhere,
     "falls_back": falls_back,
     "continues": continues,
+    "keeps_activations_in_any_way": keeps_activations_in_any_way,
 }
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import DIT
+
+from sora_train.config.parallel import ParallelConfig, Precision
+from sora_train.cost.memory import num_parameters, states
 
 pytestmark = pytest.mark.distributed
 
@@ -25,7 +29,7 @@ def run_world(ranks: int, folder: Path, *names: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    names = ("equals_one_process", "resumes_bitwise", "resumes_elsewhere", "falls_back")
+    names = ("equals_one_process", "resumes_bitwise", "resumes_elsewhere", "falls_back", "keeps_activations_in_any_way")
     return run_world(2, folder, *names)
 
 
@@ -60,6 +64,27 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(two_ranks: list[di
         damaged = [name for name in result["kept"] if name.startswith("replaced-")]
         assert damaged, "what was damaged is kept aside, not overwritten"
         assert "are damaged" in result["refusal"], "with nothing whole left, no run starts over by itself"
+
+
+def test_checkpointing_changes_nothing_at_any_zero_stage(two_ranks: list[dict[str, Any]]) -> None:
+    for result in of(two_ranks, "keeps_activations_in_any_way"):
+        assert result["losses"] == result["losses"][:1] * 3, result
+        assert result["weights"], result
+
+
+def test_states_are_as_large_as_the_estimate_says(two_ranks: list[dict[str, Any]]) -> None:
+    """Summed over two ranks; gradients and gathered parameters come and go."""
+    count = num_parameters(DIT)
+    for result in of(two_ranks, "keeps_activations_in_any_way"):
+        parallel = ParallelConfig(zero_stage=result["stage"], precision=Precision(result["precision"]))
+        needed = states(count, parallel, 2)
+        stepped = count if parallel.zero_stage == 0 else count / 2
+        passing = 0 if parallel.zero_stage == 0 else 4 * stepped  # fp32 gradients while a step is taken
+        masters = 4 * stepped if parallel.zero_stage == 0 else 0  # the weights themselves, counted as parameters
+        gathered = 4 * count if parallel.zero_stage == 3 else 0
+        assert result["bytes"]["parameters"] == pytest.approx(2 * (needed["parameters"] - gathered), rel=0.01)
+        assert result["bytes"]["optimizer"] == pytest.approx(2 * (needed["optimizer"] - passing + masters), rel=0.01)
+        assert result["bytes"]["ema"] == pytest.approx(2 * needed["ema"], rel=0.01)
 
 
 def test_another_number_of_ranks_resumes_without_conversion(tmp_path: Path) -> None:
