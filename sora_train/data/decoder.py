@@ -16,7 +16,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sora_train.data.handover import Phase, Status, receive, send
@@ -143,7 +143,7 @@ def _reading(reader: Any) -> Callable[[Any, memoryview, Signs], dict[str, Any]]:
 
     def read(task: Any, memory: memoryview, signs: Signs) -> dict[str, Any]:
         try:
-            return {"facts": asdict(reader.read(task, np.frombuffer(memory, dtype=np.uint8), signs))}
+            return {"facts": vars(reader.read(task, np.frombuffer(memory, dtype=np.uint8), signs))}
         except SampleError as error:
             return {"reason": error.reason, "detail": error.detail[:1000]}
         except MemoryError as error:
@@ -156,7 +156,7 @@ def _reading(reader: Any) -> Callable[[Any, memoryview, Signs], dict[str, Any]]:
 
 
 def _say(control: socket.socket, message: dict[str, Any]) -> None:
-    send(control, json.dumps(message).encode())
+    send(control, json.dumps(message, default=vars).encode())
 
 
 def _live_as_long_as(lifeline: int) -> None:

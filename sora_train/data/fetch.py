@@ -20,7 +20,7 @@ from sora_train.data.shard_cache import ShardCache
 # Members with less than this between them are fetched by one request: a request costs more than so many bytes.
 MAX_GAP = 1 << 16
 # Read from a file at a time: what has come is hashed while it is still in the processor's cache.
-CHUNK = 1 << 18
+CHUNK = 1 << 20
 # Between attempts: no chance in them, so that a run with the same troubles takes the same way.
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 # No attempt will mend these.
