@@ -54,6 +54,13 @@ class CaptionConfig:
     field_dropout: float = 0.0
 
 
+class Decoder(Enum):
+    """What decodes videos."""
+
+    libav = "libav"  # through PyAV: the faster of the two as measured, every rate, rotation, depth and width
+    decord = "decord"  # upright videos of constant rate; libav takes the others
+
+
 class Media(Enum):
     """What is taken of a data set."""
 
@@ -116,6 +123,7 @@ class DataConfig:
     workers: int = 1
     # Packs that each rank keeps ready, or is reading, ahead of the one in training. Memory holds one more than this.
     read_ahead: int = 4
+    decoder: Decoder = Decoder.libav
     # A worker that decodes no further frame for so long is killed, and its clip left out.
     stall_seconds: float = 4.0
     # Most memory of one worker, beside the frames it hands over: a file that needs more is left out. (Linux)

@@ -76,6 +76,7 @@ def build_loader(
             timesteps,
             config.captions,
             seed,
+            config.decoder,
             cache if config.cache_gib > 0 else None,
         )
         patch = (model.patch_height, model.patch_width)

@@ -13,7 +13,7 @@ import xxhash
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
-from sora_train.config.data import CaptionConfig
+from sora_train.config.data import CaptionConfig, Decoder
 from sora_train.config.diffusion import TimestepConfig
 from sora_train.data.caption_text import CaptionError, read_captions
 from sora_train.data.captions import spoken
@@ -125,6 +125,7 @@ class SampleReader:
     timesteps: TimestepConfig
     captions: CaptionConfig
     seed: int
+    decoder: Decoder = Decoder.libav
     cache: ShardCache | None = None  # of remote shards
     _bytes: dict[int, ShardBytes] = field(default_factory=dict, init=False, repr=False)
 
@@ -177,7 +178,7 @@ class SampleReader:
 
                 watcher.decoded()
                 frames = memory[places.medium].reshape(sample.size.num_frames, sample.size.height, sample.size.width, 3)
-                decode_clip(medium.tobytes(), row, sample.size, watcher.decoded, out=frames)
+                decode_clip(medium.tobytes(), row, sample.size, watcher.decoded, frames, self.decoder)
         except (FetchError, CaptionError, DecodeError) as error:
             raise SampleError(error.reason, error.detail) from error
         watcher.decoded()

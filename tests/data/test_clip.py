@@ -10,7 +10,7 @@ import pytest
 from corpus import encode, moving_square
 from media import BT601, BT709, BT2020, Kind, clip, differences, drifting, encode_frames, image, row_of, whole
 
-from sora_train.config.data import SizeConfig
+from sora_train.config.data import Decoder, SizeConfig
 from sora_train.config.root import ConfigError
 from sora_train.data.clip import DecodeError, decode_clip
 from sora_train.data.schema import IndexRow
@@ -202,3 +202,30 @@ def test_a_child_that_scales_nothing_starts_without_torch() -> None:
 def test_errors_pass_between_processes() -> None:
     error = pickle.loads(pickle.dumps(DecodeError("frame_count", "5 frames, the index says 9")))
     assert (error.reason, str(error)) == ("frame_count", "frame_count: 5 frames, the index says 9")
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 80), (37, 127), (64, 96)])  # decord cannot show the last width
+@pytest.mark.parametrize("num_frames", [12, 1])
+def test_decord_gives_the_same_frames_where_it_is_asked_for(height: int, width: int, num_frames: int) -> None:
+    data = clip(num_frames, height, width, Kind(pixels="yuv444p" if width % 2 else "yuv420p"))
+    wanted = row_of(data)
+    size = ClipSize(-(-num_frames // 3), height, width, height, width, 0, 3.0)
+    seen: list[int] = []
+    frames = decode_clip(data, wanted, size, lambda: seen.append(1), decoder=Decoder.decord)
+    assert np.abs(frames.astype(int) - decode_clip(data, wanted, size)).max() <= 2
+    assert len(seen) >= size.num_frames
+
+
+def test_decord_is_not_asked_for_what_it_does_not_know(tmp_path: Path) -> None:
+    for kind in (Kind(rotation=90), Kind(milliseconds=tuple(100 * i + 40 * (i % 3) for i in range(12)))):
+        data = clip(12, 64, 80, kind)
+        wanted = row_of(data)
+        by_decord = decode_clip(data, wanted, whole(wanted), decoder=Decoder.decord)
+        assert np.array_equal(by_decord, decode_clip(data, wanted, whole(wanted)))
+
+
+def test_decord_refuses_a_file_that_ends_early() -> None:
+    data = clip(12, 64, 80, Kind())
+    wanted = replace(row_of(data), num_frames=13)
+    with pytest.raises(DecodeError, match="frame_count"):
+        decode_clip(data, wanted, whole(wanted), decoder=Decoder.decord)

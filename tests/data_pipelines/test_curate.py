@@ -145,7 +145,7 @@ def test_a_clip_encoded_anew_keeps_its_colors(
 
 
 def test_a_cut_made_by_copying_packets_is_encoded_anew(tmp_path: Path) -> None:
-    """Its file holds frames that an edit list hides: decord, which training decodes with, counts them too."""
+    """Its file holds frames that an edit list hides, and some decoders, as decord, count."""
     whole = draw(tmp_path / "whole.mp4", num_frames=15)
     (tmp_path / "in").mkdir()
     with (
