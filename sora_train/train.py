@@ -40,6 +40,7 @@ def main(config: TrainConfig) -> None:
     check_memory(config, world)
 
     # build
+    encoders = build_encoders(config, world)
     quarantine = Quarantine(run_dir, config.data.max_bad_share)
     loader = build_loader(
         config.data,
@@ -49,6 +50,9 @@ def main(config: TrainConfig) -> None:
         config.seed,
         world.global_rank,
         world.world_size,
+        masked=quarantine.masked,
+        codec_identity=encoders.codec.identity,
+        text_identity=encoders.text_identity,
     )
     torch.manual_seed(config.seed)
     model = VideoDiT(config.model)
@@ -57,7 +61,6 @@ def main(config: TrainConfig) -> None:
     engine = build_engine(model, build_optimizer(model, config.optim, world.device), config.parallel, config.optim)
     held = fragments(engine)
     ema = Ema(held, config.ema)
-    encoders = build_encoders(config, world)
     validation = Validation(config, world, loader, encoders, shapes)
     checkpoints = Checkpoints(run_dir, config.checkpoint, world, engine=engine, held=held, ema=ema, facts=facts)
     state = checkpoints.load_latest()  # to resume, run the same command again

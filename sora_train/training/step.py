@@ -38,6 +38,11 @@ class Encoders:
     codec: VideoCodec
     text: TextEncoder | None
 
+    @property
+    def text_identity(self) -> str | None:
+        """Of the text encoder, if there is one."""
+        return None if self.text is None else self.text.identity
+
     def encode_text(self, captions: Sequence[str]) -> Text:
         """The captions as the model takes them."""
         return list(captions) if self.text is None else self.text.encode(list(captions))
