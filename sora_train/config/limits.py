@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from sora_train.config.parallel import Checkpointing, ParallelConfig
 from sora_train.config.root import ConfigError, TrainConfig
 
 # From and including the first to and including the second, which may be open.
@@ -33,6 +34,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "optim.final_fraction": (0, 1),
     "ema.decay": (0, 1),
     "parallel.zero_stage": (0, 3),
+    "parallel.activation_memory_gib": (0, None),
     "checkpoint.save_every": (1, None),
     "checkpoint.keep": (0, None),
     "validation.evaluate_every": (0, None),
@@ -64,6 +66,22 @@ def check_limits(config: TrainConfig) -> None:
     for key in POSITIVE:
         if not _value(config, key) > 0:
             raise ConfigError(f"{key}={_value(config, key)}: choose more than 0")
+    check_parallel(config.parallel)
+
+
+def check_parallel(config: ParallelConfig) -> None:
+    """Raises ConfigError for settings that do nothing together."""
+    has_budget = config.activation_memory_gib > 0
+    if has_budget != (config.checkpointing is Checkpointing.budget):
+        raise ConfigError(
+            f"parallel.checkpointing={config.checkpointing.value} with parallel.activation_memory_gib="
+            f"{config.activation_memory_gib:g}: a budget needs both, checkpointing=budget and more than 0 GiB"
+        )
+    if config.offload_activations and config.checkpointing is Checkpointing.none:
+        raise ConfigError(
+            "parallel.offload_activations moves what checkpointing keeps, and parallel.checkpointing=none keeps "
+            "everything: choose operations, block or budget"
+        )
 
 
 def _value(config: TrainConfig, key: str) -> Any:

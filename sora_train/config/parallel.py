@@ -24,7 +24,7 @@ class Checkpointing(Enum):
 
     none = "none"  # nothing: 113 bytes
     # Keeps what matrix products and attention gave, except the MLP's wide hidden layer, and computes the cheap rest
-    # again: 20 bytes for up to 10 % more FLOPs, the less the longer the clips. Of compiled blocks it keeps what
+    # again: 20 bytes for about a tenth more FLOPs, less the longer the clips. Of compiled blocks it keeps what
     # attention gave: fewer bytes, more FLOPs.
     operations = "operations"
     block = "block"  # keeps the input of each block: 2 bytes for a third more FLOPs

@@ -8,8 +8,9 @@ from collections import Counter
 
 import torch
 
+from sora_train.config.limits import check_parallel
 from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
-from sora_train.config.root import ConfigError, TrainConfig
+from sora_train.config.root import TrainConfig
 from sora_train.cost.memory import GIB, PackSize, block_modes, estimate
 from sora_train.distributed.activations import BlockRunner
 from sora_train.distributed.compilation import compile_blocks
@@ -55,21 +56,6 @@ def parallelize(
         if is_heard:
             counts = ", ".join(f"{mode.value} of {count} blocks" for mode, count in Counter(modes).items())
             log.info("checkpointing: %s%s", counts, ", kept on the host" if offload else "")
-
-
-def check_parallel(config: ParallelConfig) -> None:
-    """Raises ConfigError for settings that do nothing together."""
-    has_budget = config.activation_memory_gib > 0
-    if has_budget != (config.checkpointing is Checkpointing.budget):
-        raise ConfigError(
-            f"parallel.checkpointing={config.checkpointing.value} with parallel.activation_memory_gib="
-            f"{config.activation_memory_gib:g}: a budget needs both, checkpointing=budget and more than 0 GiB"
-        )
-    if config.offload_activations and config.checkpointing is Checkpointing.none:
-        raise ConfigError(
-            "parallel.offload_activations moves what checkpointing keeps, and parallel.checkpointing=none keeps "
-            "everything: choose operations, block or budget"
-        )
 
 
 def check_memory(config: TrainConfig, world: World) -> None:
