@@ -15,15 +15,15 @@ How many micro-steps are tall is chosen by an estimate of the time that each cho
 """
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from sora_train.cost.step_cost import StepCost
+from sora_train.data.sharing import Block, Clips, Group, Layout
 
 # All-to-all counts this many times its cost where plans are compared: it also waits, and cuts heads for the kernel.
 SHARING_WEIGHT = 1.25
@@ -49,27 +49,6 @@ class PackLimits:
         return max(size for size in (1, 2, 4, 8) if size == 1 or (size <= most and self.heads % size == 0))
 
 
-class Group(NamedTuple):
-    """Neighbouring ranks in one micro-step, `first_rank` being a multiple of their number. Clips are numbers."""
-
-    first_rank: int
-    whole: list[list[int]]  # of each rank: the clips it holds alone
-    shared: list[int]  # laid end to end in this order, and cut into one range for each rank
-    shares: list[int]  # tokens in each rank's range; they add up to the tokens of the shared clips
-
-
-class _Clips(NamedTuple):
-    """Columns over clips, most expensive first."""
-
-    tokens: list[int]
-    cost: list[float]
-    by_tokens: list[float]
-    by_heads: list[float]
-    repeated: list[float]
-    tokens_before: list[int]  # one longer
-    cost_before: list[float]
-
-
 class _Outline(NamedTuple):
     """How many micro-steps are tall; estimates are of the whole step. Sorts by the estimated time."""
 
@@ -80,19 +59,10 @@ class _Outline(NamedTuple):
     heights: list[float]  # of each micro-step
 
 
-class _Unit(NamedTuple):
-    """Ranks that are filled together."""
-
-    micro_step: int
-    first_rank: int
-    size: int
-    members: list[int]
-
-
 class _Filling(NamedTuple):
     """All clips on units, before they are laid out in them."""
 
-    units: list[_Unit]
+    units: list[Block]
     heights: list[float]  # of each micro-step
 
 
@@ -101,46 +71,76 @@ def largest_clip_tokens(limits: PackLimits, world_size: int) -> int:
     return limits.max_tokens_per_pack * limits.group_size(world_size)
 
 
-def plan_groups(
-    tokens: Sequence[int], text_rows: Sequence[int], world_size: int, limits: PackLimits, cost: StepCost
-) -> list[list[Group]]:
-    """For each micro-step the groups, by first rank, covering all ranks. No clip may be over `largest_clip_tokens`."""
-    tokens_array, text_array = np.asarray(tokens, dtype=np.int64), np.asarray(text_rows, dtype=np.int64)
-    costs = cost.of_clip(tokens_array.astype(np.float64), text_array)
-    order = np.argsort(-costs.whole, kind="stable")
-    sorted_tokens, sorted_cost = tokens_array[order].tolist(), costs.whole[order].tolist()
-    clips = _Clips(
-        sorted_tokens,
-        sorted_cost,
-        costs.by_tokens[order].tolist(),
-        costs.by_heads[order].tolist(),
-        costs.repeated[order].tolist(),
-        [0, *accumulate(sorted_tokens)],
-        [0.0, *accumulate(sorted_cost)],
-    )
-    planner = _Planner(clips, world_size, limits, cost)
-    number = order.tolist()
-    return [
-        [
+class StepGroups:
+    """The groups of a step. Blocks are laid out when asked for: a rank that asks for its own pays for no others."""
+
+    def __init__(self, layout: Layout, number: list[int], blocks: list[Block], heights: list[float]) -> None:
+        """`number`: of each of the layout's clips, in the batch."""
+        self.heights = heights
+        self._layout, self._number = layout, number
+        self._blocks: list[list[Block]] = [[] for _ in heights]
+        for block in blocks:
+            self._blocks[block.micro_step].append(block)
+        self._starts = [[block.first_rank for block in row] for row in self._blocks]
+
+    def __len__(self) -> int:
+        """Micro-steps."""
+        return len(self._blocks)
+
+    def of_rank(self, micro_step: int, rank: int) -> Group:
+        """The group that a rank is in."""
+        block = self._blocks[micro_step][bisect_right(self._starts[micro_step], rank) - 1]
+        groups = self._of_block(block)
+        return groups[rank - block.first_rank] if len(groups) > 1 else groups[0]
+
+    def of_micro_step(self, micro_step: int) -> list[Group]:
+        """All groups by first rank."""
+        return [group for block in self._blocks[micro_step] for group in self._of_block(block)]
+
+    def _of_block(self, block: Block) -> list[Group]:
+        number = self._number
+        return [
             Group(
                 group.first_rank,
                 [sorted([number[i] for i in members]) for members in group.whole],
                 [number[i] for i in group.shared],
                 group.shares,
             )
-            for group in groups
+            for group in self._layout.groups(block, self.heights[block.micro_step])
         ]
-        for groups in planner.plan()
-    ]
+
+
+def plan_groups(
+    tokens: Sequence[int], text_rows: Sequence[int], world_size: int, limits: PackLimits, cost: StepCost
+) -> StepGroups:
+    """The groups of each micro-step, covering all ranks. No clip may be over `largest_clip_tokens`."""
+    tokens_array, text_array = np.asarray(tokens, dtype=np.int64), np.asarray(text_rows, dtype=np.int64)
+    costs = cost.of_clip(tokens_array.astype(np.float64), text_array)
+    order = np.argsort(-costs.whole, kind="stable")
+    sorted_tokens, sorted_cost = tokens_array[order], costs.whole[order]
+    clips = Clips(
+        sorted_tokens.tolist(),
+        sorted_cost.tolist(),
+        costs.by_tokens[order].tolist(),
+        costs.by_heads[order].tolist(),
+        costs.repeated[order].tolist(),
+        [0, *np.cumsum(sorted_tokens).tolist()],
+        [0.0, *np.cumsum(sorted_cost).tolist()],
+    )
+    planner = _Planner(clips, world_size, limits, cost)
+    filling = planner.plan()
+    return StepGroups(planner.layout, order.tolist(), filling.units, filling.heights)
 
 
 class _Planner:
-    def __init__(self, clips: _Clips, world_size: int, limits: PackLimits, cost: StepCost) -> None:
+    def __init__(self, clips: Clips, world_size: int, limits: PackLimits, cost: StepCost) -> None:
         self.clips, self.world_size, self.cost = clips, world_size, cost
         self.room = limits.max_tokens_per_pack
         self.group_size = limits.group_size(world_size)
+        self.layout = Layout(clips, self.room, cost)
 
-    def plan(self) -> list[list[Group]]:
+    def plan(self) -> _Filling:
+        """The best filling that is found."""
         micro_steps = max(1, -(-self.clips.tokens_before[-1] // (self.world_size * self.room)))
         tries = TRIES if len(self.clips.cost) <= FEW_CLIPS else 1
         while True:
@@ -151,29 +151,21 @@ class _Planner:
                 if len(fillings) == tries:
                     break
             if fillings:
-                plans = [self._lay_out(filling, micro_steps) for filling in fillings]
-                return plans[0] if len(plans) == 1 else min(plans, key=self._time)
+                return fillings[0] if len(fillings) == 1 else min(fillings, key=self._time)
             micro_steps += 1
 
-    def _lay_out(self, filling: _Filling, micro_steps: int) -> list[list[Group]]:
-        plan: list[list[Group]] = [[] for _ in range(micro_steps)]
-        for unit in filling.units:
-            plan[unit.micro_step] += self._groups(unit, filling.heights[unit.micro_step])
-        return plan
-
-    def _time(self, plan: list[list[Group]]) -> float:
-        """Sum of the heights, and something for the tokens that travel."""
+    def _time(self, filling: _Filling) -> float:
+        """Sum of the heights, once laid out, and something for the tokens that travel."""
         tokens, cost = self.clips.tokens, self.clips.cost
-        time, travelling = 0.0, 0
-        for groups in plan:
-            height = 0.0
-            for _, whole, shared, shares in groups:
-                fixed, a_token = self._shared_costs(shared, len(shares)) if shared else (0.0, 0.0)
+        heights, travelling = [0.0] * len(filling.heights), 0
+        for unit in filling.units:
+            for _, whole, shared, shares in self.layout.groups(unit, filling.heights[unit.micro_step]):
+                fixed, a_token = self.layout.shared_costs(shared, len(shares)) if shared else (0.0, 0.0)
                 for clips, share in zip(whole, shares, strict=True):
-                    height = max(height, sum([cost[i] for i in clips]) + fixed + share * a_token)
+                    load = sum([cost[i] for i in clips]) + fixed + share * a_token
+                    heights[unit.micro_step] = max(heights[unit.micro_step], load)
                 travelling += sum([tokens[i] for i in shared])
-            time += height
-        return time + (SHARING_WEIGHT - 1) * self.cost.travelling_token * travelling / self.world_size
+        return sum(heights) + (SHARING_WEIGHT - 1) * self.cost.travelling_token * travelling / self.world_size
 
     def _outlines(self, micro_steps: int) -> Iterator[_Outline]:
         tokens, cost, world, room = self.clips.tokens, self.clips.cost, self.world_size, self.room
@@ -229,7 +221,7 @@ class _Planner:
         """The clips of every unit; None where one finds no room."""
         tall_units, left = self._fill_tall(outline)
         height, tall = outline.heights[-1], outline.tall
-        best: tuple[float, list[_Unit], list[float]] | None = None
+        best: tuple[float, list[Block], list[float]] | None = None
         outweighs = bool(left) and self.clips.cost[left[0]] > height
         for size in (1, self.group_size):
             if size == 1 and outweighs and self.group_size > 1:
@@ -246,10 +238,10 @@ class _Planner:
         heights = outline.heights[:tall] + best[2]
         return _Filling(tall_units + best[1], heights)
 
-    def _fill_tall(self, outline: _Outline) -> tuple[list[_Unit], list[int]]:
+    def _fill_tall(self, outline: _Outline) -> tuple[list[Block], list[int]]:
         """The units of the tall micro-steps, and the clips that are left."""
         tokens, cost, world = self.clips.tokens, self.clips.cost, self.world_size
-        units: list[_Unit] = []
+        units: list[Block] = []
         start = 0
         for micro_step in range(outline.tall):
             poor, rich = (outline.poor, outline.rich) if micro_step == outline.tall - 1 else (0, 1)
@@ -258,10 +250,10 @@ class _Planner:
                 singles = world - rich * poor
                 for number in range(poor):
                     members = list(range(start + singles + number, start + world - poor, poor))
-                    units.append(_Unit(micro_step, rank, rich, members))
+                    units.append(Block(micro_step, rank, rich, members))
                     rank += rich
             for i in range(start, start + world - rank):
-                units.append(_Unit(micro_step, rank + i - start, 1, [i] if i < len(cost) else []))
+                units.append(Block(micro_step, rank + i - start, 1, [i] if i < len(cost) else []))
             start = min(start + world - (poor if rich > 1 else 0), len(cost))
         if not outline.tall:
             return units, list(range(len(cost)))
@@ -302,7 +294,7 @@ class _Planner:
 
     def _fill_level(
         self, left: Sequence[int], size: int, height: float, heavy: float, first: int, micro_steps: int
-    ) -> tuple[list[_Unit], list[float]] | None:
+    ) -> tuple[list[Block], list[float]] | None:
         """Units of the level micro-steps and the height of each; None where a clip finds no room.
 
         Clips that cost more than `heavy` are counted with their all-to-all.
@@ -342,12 +334,12 @@ class _Planner:
             if size == 1 and place:
                 continue
             for step, number in enumerate(sorted(numbers, key=lambda number: -loads[number])) if size > 1 else ():
-                units.append(_Unit(first + step, rank, block_size, members[number]))
+                units.append(Block(first + step, rank, block_size, members[number]))
                 levels[step] = max(levels[step], loads[number])
         if size == 1:
             for position, number in enumerate(sorted(range(len(sizes)), key=lambda number: -loads[number])):
                 step, rank = divmod(position, len(blocks))
-                units.append(_Unit(first + step, rank, 1, members[number]))
+                units.append(Block(first + step, rank, 1, members[number]))
                 levels[step] = max(levels[step], loads[number])
         return units, levels
 
@@ -363,80 +355,6 @@ class _Planner:
         """Tokens of the clips that cost more."""
         return sum([self.clips.tokens[i] for i in members if self.clips.cost[i] > heavy])
 
-    def _groups(self, unit: _Unit, height: float) -> list[Group]:
-        members, size, rank = unit.members, unit.size, unit.first_rank
-        if size == 1:
-            return [Group(rank, [members], [], [0])]
-        if not members or self.clips.cost[members[0]] <= height:
-            whole = self._spread(members, [], size, height * (1 + WASTE / 4))[0]
-            if sum(map(len, whole)) == len(members):
-                return [Group(rank + r, [clips], [], [0]) for r, clips in enumerate(whole)]
-        return [self._share(unit, height)]
-
-    def _share(self, unit: _Unit, height: float) -> Group:
-        """One group: as few shared clips as keep all ranks below the height, if it can be kept."""
-        tokens, cost = self.clips.tokens, self.clips.cost
-        members, size = unit.members, unit.size
-        shared, added = [i for i in members if cost[i] > height] or members[:1], 1
-        while True:
-            whole, shared, loads, rooms = self._spread(members, shared, size, height)
-            shared_tokens = sum([tokens[i] for i in shared])
-            fixed, a_token = self._shared_costs(shared, size)
-            shares = _pour(loads, rooms, shared_tokens, a_token)
-            # A group whose ranks are level gains nothing by sharing more.
-            level = fixed + (sum(loads) + shared_tokens * a_token) / size
-            most = fixed + max([load + share * a_token for load, share in zip(loads, shares, strict=True)])
-            if len(shared) == len(members) or most <= max(height, level) * (1 + WASTE / 4):
-                return Group(unit.first_rank, whole, shared, shares)
-            held = set(shared)
-            shared = sorted([*shared, *[i for i in members if i not in held][:added]])
-            added *= 2
-
-    def _shared_costs(self, shared: list[int], size: int) -> tuple[float, float]:
-        """Of a rank in a group: whatever its share is, and for each token of its share."""
-        clips, travel = self.clips, self.cost.travelling_token
-        shared_tokens = sum([clips.tokens[i] for i in shared])
-        fixed = sum([clips.by_heads[i] / size + clips.repeated[i] for i in shared]) + travel * shared_tokens / size / 2
-        by_tokens = sum([clips.by_tokens[i] for i in shared]) / max(shared_tokens, 1)
-        return fixed, by_tokens + travel * (size - 2) / size / 2
-
-    def _spread(
-        self, members: list[int], shared: list[int], size: int, height: float
-    ) -> tuple[list[list[int]], list[int], list[float], list[int]]:
-        """Clips whole on the rank with least to do; those that would end above the height are shared as well.
-
-        Returns the clips of each rank, the shared clips, and of each rank the cost of its clips and the room left.
-        """
-        clips, travel = self.clips, self.cost.travelling_token
-        tokens, cost = clips.tokens, clips.cost
-        chosen = set(shared)
-        while True:
-            below = height - (self._shared_costs(sorted(chosen), size)[0] if chosen else 0.0)
-            whole: list[list[int]] = [[] for _ in range(size)]
-            rooms = [self.room] * size
-            least, most = [(0.0, r) for r in range(size)], 0.0
-            for i in members:
-                if i in chosen:
-                    continue
-                load, r = least[0]
-                load += cost[i]
-                if load > below or rooms[r] < tokens[i]:
-                    chosen.add(i)
-                    below -= (clips.by_heads[i] + travel * tokens[i] / 2) / size + clips.repeated[i]
-                    if most > below:
-                        break
-                    continue
-                most = max(most, load)
-                heapq.heapreplace(least, (load, r))
-                rooms[r] -= tokens[i]
-                whole[r].append(i)
-            else:
-                loads = [0.0] * size
-                for load, r in least:
-                    loads[r] = load
-                return whole, sorted(chosen), loads, rooms
-
-
 def _blocks(world_size: int, size: int) -> list[tuple[int, int]]:
     """First rank and size of aligned blocks that cover the world, the last ones halved until they fit."""
     blocks, start = [], 0
@@ -446,40 +364,3 @@ def _blocks(world_size: int, size: int) -> list[tuple[int, int]]:
         blocks.append((start, size))
         start += size
     return blocks
-
-
-def _pour(loads: list[float], rooms: list[int], amount: int, cost: float) -> list[int]:
-    """Whole tokens for each rank, `amount` in all, no rank over its room: the costliest rank as low as can be."""
-    shares = [0.0] * len(loads)
-    open_ranks, left = sorted(range(len(loads)), key=loads.__getitem__), float(amount)
-    while open_ranks and left > 0:
-        # The level of the lowest `wet` ranks, were the others dry.
-        total = left * cost
-        for wet, rank in enumerate(open_ranks):
-            if wet and total / wet <= loads[rank]:
-                break
-            total += loads[rank]
-        else:
-            wet = len(open_ranks)
-        level = total / wet
-        full = [rank for rank in open_ranks[:wet] if (level - loads[rank]) > rooms[rank] * cost]
-        if not full:
-            for rank in open_ranks[:wet]:
-                shares[rank] = (level - loads[rank]) / max(cost, 1e-300)
-            break
-        # Full ones stay full when the level rises for the others.
-        for rank in full:
-            shares[rank] = float(rooms[rank])
-            left -= rooms[rank]
-        open_ranks = [rank for rank in open_ranks if rank not in full]
-    tokens = [min(int(share), room) for share, room in zip(shares, rooms, strict=True)]
-    over = amount - sum(tokens)
-    for rank in sorted(range(len(loads)), key=lambda rank: loads[rank] + tokens[rank] * cost):
-        added = min(over, rooms[rank] - tokens[rank], max(1, -(-over // len(loads))))
-        tokens[rank] += added
-        over -= added
-    for rank in range(len(loads)):
-        added = min(over, rooms[rank] - tokens[rank])
-        tokens[rank] += added
-        over -= added
-    return tokens

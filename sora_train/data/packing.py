@@ -14,11 +14,13 @@ Nothing is dropped, cut or padded; no rank ever holds more than `max_tokens_per_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from sora_train.config.root import ConfigError
 from sora_train.cost.step_cost import StepCost, features
-from sora_train.data.groups import PackLimits, largest_clip_tokens, plan_groups
+from sora_train.data.groups import PackLimits, StepGroups, largest_clip_tokens, plan_groups
 from sora_train.data.order import GlobalBatch, PlannedSample
+from sora_train.data.sharing import Group
 
 __all__ = ["PackLimits", "PackPlan", "assign", "balance", "largest_clip_tokens", "rank_features", "travelling_tokens"]
 
@@ -57,9 +59,52 @@ class PackPlan:
         return sum(sample.num_tokens for sample in self.samples) + self.shares[self.group_rank]
 
 
+class MicroStep(Sequence[PackPlan]):
+    """The packs of all ranks in one micro-step, each made when it is asked for: a rank pays for its own alone."""
+
+    def __init__(self, batch: GlobalBatch, planned_tokens: int, groups: StepGroups, micro_step: int, world_size: int):
+        self._batch, self._planned_tokens, self._groups = batch, planned_tokens, groups
+        self._micro_step, self._world_size = micro_step, world_size
+        self._packs: dict[int, PackPlan] = {}
+
+    def __len__(self) -> int:
+        """Ranks."""
+        return self._world_size
+
+    @overload
+    def __getitem__(self, rank: int) -> PackPlan: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[PackPlan]: ...
+    def __getitem__(self, rank: int | slice) -> PackPlan | list[PackPlan]:
+        """The pack of a rank, or of several."""
+        if isinstance(rank, slice):
+            return [self[each] for each in range(self._world_size)[rank]]
+        rank = range(self._world_size)[rank]
+        if rank not in self._packs:
+            self._make(self._groups.of_rank(self._micro_step, rank))
+        return self._packs[rank]
+
+    def _make(self, group: Group) -> None:
+        samples = self._batch.samples
+        shared, shares = tuple([samples[i] for i in group.shared]), tuple(group.shares)
+        for group_rank, whole in enumerate(group.whole):
+            self._packs[group.first_rank + group_rank] = PackPlan(
+                self._batch.step,
+                self._micro_step,
+                self._micro_step == len(self._groups) - 1,
+                tuple([samples[i] for i in whole]),
+                self._planned_tokens,
+                len(samples),
+                shared,
+                shares,
+                group.first_rank,
+                group_rank,
+            )
+
+
 def assign(
     batch: GlobalBatch, world_size: int, limits: PackLimits, cost_model: StepCost
-) -> tuple[tuple[PackPlan, ...], ...]:
+) -> tuple[Sequence[PackPlan], ...]:
     """For each micro-step, the pack of each rank.
 
     Raises:
@@ -76,28 +121,10 @@ def assign(
             f"{limits.max_tokens_per_pack} on each of {group_size} rank{'s' * (group_size > 1)} that may share it: "
             "raise it"
         )
-    text_rows = [cost_model.text_rows(sample.text_bytes) for sample in samples]
-    micro_steps = plan_groups(tokens, text_rows, world_size, limits, cost_model)
-    planned = (sum(tokens), len(samples))
-    return tuple(
-        tuple(
-            PackPlan(
-                batch.step,
-                micro_step,
-                micro_step == len(micro_steps) - 1,
-                tuple([samples[i] for i in whole]),
-                *planned,
-                shared,
-                shares,
-                group.first_rank,
-                group_rank,
-            )
-            for group in groups
-            for shared, shares in [(tuple([samples[i] for i in group.shared]), tuple(group.shares))]
-            for group_rank, whole in enumerate(group.whole)
-        )
-        for micro_step, groups in enumerate(micro_steps)
-    )
+    text_bytes = [sample.text_bytes for sample in samples]
+    rows = {count: cost_model.text_rows(count) for count in set(text_bytes)}
+    groups = plan_groups(tokens, [rows[count] for count in text_bytes], world_size, limits, cost_model)
+    return tuple(MicroStep(batch, sum(tokens), groups, number, world_size) for number in range(len(groups)))
 
 
 def rank_features(plan: PackPlan, cost_model: StepCost) -> list[float]:
