@@ -20,7 +20,8 @@ from sora_train.config.root import ConfigError
 from sora_train.data.blocks import Blocks
 from sora_train.data.handover import Phase, take_messages
 from sora_train.data.loader import Loader, Pack, build_loader
-from sora_train.data.stream import COMMAND, Pool
+from sora_train.data.precomputed_header import Place
+from sora_train.data.stream import COMMAND, Pool, facts_from
 
 MISBEHAVING = str(Path(__file__).parent / "misbehaving.py")
 Start = Callable[..., Loader]
@@ -134,7 +135,8 @@ def test_what_failed_before_is_masked_unread_and_gives_the_same_bytes(
         assert not reasons(packs), "told of once"
         assert by_index(packs) == by_index(failed)
         assert [pack.is_trained for pack in packs] == [pack.is_trained for pack in failed]
-        assert by_index(list(again.packs(1))) == clean[1], "masked in its step alone"
+    elsewhere = start(workers=0, masked={1: masked[0]})
+    assert by_index(list(elsewhere.packs(0))) == clean[0], "masked in its step alone"
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -301,6 +303,22 @@ def test_a_forgotten_loader_leaves_no_process(start: Start, shards: Path) -> Non
     (pid,) = loader.pool.pids()
     del loader
     assert not _is_alive(pid)
+
+
+def test_what_a_child_says_of_its_memory_is_checked() -> None:
+    place = {"number": "F32", "shape": [2, 3], "offset": 8}
+    said = {"t": 0.5, "text": "a", "latents": place, "rows": None}
+    assert facts_from(said, 32).latents == Place("F32", (2, 3), 8)
+    for lie in (
+        {"t": 2.0},
+        {"text": None},
+        {"latents": {**place, "offset": 9}},
+        {"latents": {**place, "offset": -8}},
+        {"latents": {**place, "shape": [-2, -3]}},
+        {"rows": {**place, "shape": [10**9, 10**9]}},
+    ):
+        with pytest.raises(ValueError, match=r"lies outside|t="):
+            facts_from({**said, **lie}, 32)
 
 
 def test_messages_are_whole_or_wait() -> None:
