@@ -15,6 +15,7 @@ How many micro-steps are tall is chosen by an estimate of the time that each cho
 """
 
 import heapq
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ class _Planner:
         self.room = limits.max_tokens_per_pack
         self.group_size = limits.group_size(world_size)
         self.layout = Layout(clips, self.room, cost)
+        self.cheapness = [-c for c in clips.cost]  # in ascending order, for bisection
 
     def plan(self) -> _Filling:
         """The best filling that is found."""
@@ -171,7 +173,7 @@ class _Planner:
         tokens, cost, world, room = self.clips.tokens, self.clips.cost, self.world_size, self.room
         tokens_before, cost_before = self.clips.tokens_before, self.clips.cost_before
         count, total = len(cost), cost_before[-1]
-        cheapness = [-c for c in cost]
+        cheapness = self.cheapness
         weight = SHARING_WEIGHT * self.cost.travelling_token
 
         def rest(heights: list[float], taken: int, missing: float, shared: float) -> tuple[float, float]:
@@ -255,8 +257,8 @@ class _Planner:
             for i in range(start, start + world - rank):
                 units.append(Block(micro_step, rank + i - start, 1, [i] if i < len(cost) else []))
             start = min(start + world - (poor if rich > 1 else 0), len(cost))
-        if not outline.tall:
-            return units, list(range(len(cost)))
+        if not outline.tall or start == len(cost):
+            return units, list(range(start, len(cost)))
         # The largest clip that still fits, by cost and by tokens, is what a unit is ordered by.
         token, pair, last = self.cost.token, self.cost.pair, cost[-1]
         lowest: list[tuple[float, int]] = []
@@ -274,22 +276,25 @@ class _Planner:
                 lowest.append((-fits, number))
         heapq.heapify(lowest)
         left: list[int] = []
-        for i in range(start, len(cost)):
-            if not lowest:
-                left += range(i, len(cost))
-                break
-            if cost[i] > -lowest[0][0]:
-                left.append(i)
-                continue
-            number = lowest[0][1]
-            units[number].members.append(i)
-            gaps[number] -= cost[i]
+        i, count = start, len(cost)
+        while lowest:
+            most, number = lowest[0]
+            if cost[i] > -most:
+                fitting = bisect_left(self.cheapness, most, i)
+                left += range(i, fitting)
+                i = fitting
+            gap = gaps[number] = gaps[number] - cost[i]
             room = rooms[number] = rooms[number] - tokens[i]
-            fits = min(gaps[number], room * (token + pair * room))
+            units[number].members.append(i)
+            i += 1
+            if i == count:
+                break
+            fits = min(gap, room * (token + pair * room))
             if fits >= last:
                 heapq.heapreplace(lowest, (-fits, number))
             else:
                 heapq.heappop(lowest)
+        left += range(i, count)
         return units, left
 
     def _fill_level(
@@ -309,10 +314,13 @@ class _Planner:
         # First the unit that is furthest below its height, or has room for the costliest clip if that is less.
         done = [(-min(gaps[i], rooms[i] * (token + pair * rooms[i])), i) for i in range(len(sizes))]
         heapq.heapify(done)
+        # With so much room it is the cost that limits.
+        ample = math.sqrt(gaps[0] / max(pair, 1e-300))
+        travel *= (size - 1) / size
         for i in left:
             amount, length = cost[i], tokens[i]
-            if size > 1 and amount > heavy:
-                amount += travel * length * (size - 1) / size
+            if amount > heavy:
+                amount += travel * length
             aside = []
             while done and rooms[done[0][1]] < length:
                 aside.append(heapq.heappop(done))
@@ -321,7 +329,8 @@ class _Planner:
             number = done[0][1]
             gap = gaps[number] = gaps[number] - amount
             room = rooms[number] = rooms[number] - length
-            heapq.heapreplace(done, (-min(gap, room * (token + pair * room)), number))
+            first_of = gap if room > ample else min(gap, room * (token + pair * room))
+            heapq.heapreplace(done, (-first_of, number))
             members[number].append(i)
             for entry in aside:
                 if rooms[entry[1]] >= tokens[-1]:
