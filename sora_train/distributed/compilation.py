@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental import _config
 
 from sora_train.models.attention import Attention
@@ -30,7 +29,7 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, backend: s
     """
     try:
         _try_compiler(device, backend)
-    except TorchDynamoException as error:
+    except _compiler_error() as error:
         _warn(error)
         return
     compiled = CompiledForward(backend)
@@ -63,7 +62,7 @@ class CompiledForward:
             try:
                 with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                     return self._forward(block, tokens_LD, text_MD, modulation_R6D, *others)
-            except TorchDynamoException as error:
+            except _compiler_error() as error:
                 self._has_failed = True
                 _warn(error)
                 return Block.forward(block, tokens_LD, text_MD, modulation_R6D, *others)
@@ -77,7 +76,14 @@ def _try_compiler(device: torch.device, backend: str | Callable[..., Any]) -> No
     torch.compile(lambda values: (values * 2).sin().sum(), backend=backend)(rows).backward()
 
 
-def _warn(error: TorchDynamoException) -> None:
+def _compiler_error() -> type[Exception]:
+    # Imported when it is needed: with it comes the whole compiler, in seconds, which sets variables of the environment.
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def _warn(error: Exception) -> None:
     inner = getattr(error, "inner_exception", error)  # what the backend raised
     reason = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
     log.warning("parallel.compile: blocks run as they are, not compiled: %s", reason)
