@@ -61,11 +61,13 @@ def choose_caption(
     captions has weight takes any of them rather than none: dropout alone decides how often there is no caption.
     """
     drop, pick = rng.random(2)
-    if drop < dropout or not row.captions:
+    # An empty text is none: the index lists one that is too long to be kept as empty, to leave the numbers as they are.
+    has_text = [float(caption.num_bytes > 0) for caption in row.captions]
+    if drop < dropout or not any(has_text):
         return None
-    kinds = [caption.kind for caption in row.captions]
-    shares = [weights.get(kind, 0.0) / kinds.count(kind) for kind in kinds]
-    ends = list(accumulate(shares if sum(shares) > 0 else [1.0] * len(kinds)))
+    kinds = [caption.kind if caption.num_bytes > 0 else None for caption in row.captions]
+    shares = [weights.get(kind, 0.0) / kinds.count(kind) if kind is not None else 0.0 for kind in kinds]
+    ends = list(accumulate(shares if sum(shares) > 0 else has_text))
     # The first whose end lies beyond the draw; captions of weight 0 end where they begin and are never taken.
     return next(i for i, end in enumerate(ends) if pick * ends[-1] < end)
 

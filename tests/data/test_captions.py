@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,14 @@ def test_settings_that_cannot_work_are_named() -> None:
     for message, config in cases.items():
         with pytest.raises(ConfigError, match=message):
             check_captions(config)
+
+
+def test_an_empty_caption_is_never_chosen() -> None:
+    full = row("recaption/short")
+    empty = CaptionEntry("recaption/short", 0)
+    mixed = replace(full, captions=(empty, *full.captions, empty))
+    for weights in ({"recaption/short": 1.0}, {"original/short": 1.0}):
+        picks = {choose_caption(mixed, weights, 0.0, generator(0, 0, i, Purpose.caption)) for i in range(50)}
+        assert picks == {1}
+    without = replace(full, captions=(empty,))
+    assert choose_caption(without, {}, 0.0, generator(0, 0, 0, Purpose.caption)) is None
