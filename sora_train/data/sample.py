@@ -178,7 +178,7 @@ class SampleReader:
 
                 watcher.decoded()
                 frames = memory[places.medium].reshape(sample.size.num_frames, sample.size.height, sample.size.width, 3)
-                decode_clip(medium.tobytes(), row, sample.size, watcher.decoded, frames, self.decoder)
+                decode_clip(medium.tobytes(), row, sample.size, watcher.decoded, out=frames, decoder=self.decoder)
         except (FetchError, CaptionError, DecodeError) as error:
             raise SampleError(error.reason, error.detail) from error
         watcher.decoded()

@@ -16,9 +16,9 @@ ways = dict(word.split("=") for word in sys.argv[1].split(",") if word)
 control, lifeline, status = (int(word) for word in sys.argv[2:])
 
 
-def misbehave(data: bytes, row: Any, size: Any, progress: Any, out: Any) -> Any:
+def misbehave(data: bytes, row: Any, size: Any, progress: Any, **more: Any) -> Any:
     way = ways.get(row.key, ways.get("every"))
-    out[:] = 77  # half-written memory is nobody's
+    more["out"][:] = 77  # half-written memory is nobody's
     if way == "segfault":
         ctypes.string_at(0)
     elif way == "abort":
@@ -53,7 +53,7 @@ def misbehave(data: bytes, row: Any, size: Any, progress: Any, out: Any) -> Any:
         for _ in range(30):
             time.sleep(0.1)
             progress()
-    return decode(data, row, size, progress, out)
+    return decode(data, row, size, progress, **more)
 
 
 if ways.get("start") == "exit":
