@@ -18,6 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from statistics import mean, median
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # run as a file, not as a module
     sys.path.insert(0, str(ROOT))
@@ -97,22 +99,42 @@ def height_bound(
 ) -> float:
     """A sum of heights that no assignment beats, given one that exists.
 
-    - The ranks together do all the work, and move the tokens of each clip that outweighs the given height through
-      all-to-all, in a group large enough for it: whole it would be higher.
-    - Every clip lies in one aligned block of `group_size` ranks. Of the most expensive j B + 1 clips, some block of B
-      has j + 1, at least the cheapest of them.
+    - The ranks together do all the work.
+    - Every clip lies in one aligned block of `group_size` ranks, so a sum of heights is too small when the clips do not
+      fit into blocks of so much: bound L2 of bin packing (Martello and Toth 1990). It covers the crowded block: of the
+      most expensive B + 1 clips, some block of B has two.
+
+    In both, a clip that outweighs the given height also moves its tokens through all-to-all, in a group large enough
+    for it: whole it would be higher.
     """
-    work = sum(clips)
+    costs = []
     for clip, length in zip(clips, tokens, strict=True):
-        if clip > height:
-            group = min(group_size, 2 ** math.ceil(math.log2(clip / height)))
-            work += cost.travelling_token * length * (group - 1) / group
-    blocks = -(-world_size // group_size)
-    descending = sorted(clips, reverse=True)
-    crowded = max(
-        sum(descending[j * blocks - j : j * blocks + 1]) / group_size for j in range((len(clips) - 1) // blocks + 1)
-    )
-    return max(work / world_size, crowded)
+        group = min(group_size, 2 ** math.ceil(math.log2(clip / height))) if clip > height else 1
+        costs.append(clip + cost.travelling_token * length * (group - 1) / group)
+    blocks, ascending = -(-world_size // group_size), np.sort(costs)
+    low, high = max(sum(costs) / world_size, max(costs) / group_size), height
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if bins_needed(ascending, middle * group_size) > blocks else (low, middle)
+    return low
+
+
+def bins_needed(ascending: np.ndarray, size: float) -> float:
+    """Lower bound L2 on the bins of this size that items need: for every k, items over size - k share with none over k.
+
+    The sum of the rest, down to k, is what fills the bins of the items over size / 2 and more bins.
+    """
+    before = np.concatenate([[0.0], np.cumsum(ascending)])
+    half = np.searchsorted(ascending, size / 2, "right")
+    least = np.arange(half + 1)  # the first item of k or more
+    k = np.append(ascending[:half], 0.0)
+    k[-1] = 0.0
+    least[-1] = 0
+    alone = np.searchsorted(ascending, size - k, "right")
+    middle = np.maximum(alone - half, 0)
+    free = middle * size - (before[np.maximum(alone, half)] - before[half])
+    more = np.ceil(np.maximum(before[half] - before[least] - free, 0) / size - 1e-9)
+    return float(np.max(len(ascending) - np.maximum(alone, half) + middle + more))
 
 
 def measure(

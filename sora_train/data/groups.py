@@ -11,7 +11,8 @@ others matters not. The plan makes the sum of these heights small, and among pla
    whole on a rank, and the shares of the shared clips are cut so that all ranks end at the same level. Where no clip
    outweighs a rank, the blocks are single ranks and nothing is shared.
 
-How many micro-steps are tall is chosen by an estimate of the time that each choice would take.
+How many micro-steps are tall is chosen by an estimate of the time that each choice would take. All ranks compute which
+clips each block of ranks gets; inside its blocks (`sharing`) a rank computes only what concerns itself.
 """
 
 import heapq
@@ -26,11 +27,10 @@ import numpy as np
 from sora_train.cost.step_cost import StepCost
 from sora_train.data.sharing import Block, Clips, Group, Layout
 
-# All-to-all counts this many times its cost where plans are compared: it also waits, and cuts heads for the kernel.
-SHARING_WEIGHT = 1.25
 # In a block, clips over this part of a rank's height are expected to be shared.
-EXPECTED_SHARED = 0.5
-# Few clips even out less of an estimate's error: of up to so many, the best of some outlines is filled and compared.
+EXPECTED_SHARED = 0.4
+# So many outlines are filled at most where one turns out worse than another promises; of few clips, which even out
+# less of an estimate's error, always.
 FEW_CLIPS, TRIES = 64, 3
 # Above this share of its height wasted, a level micro-step of whole clips is planned again with sharing.
 WASTE = 0.004
@@ -144,37 +144,40 @@ class _Planner:
     def plan(self) -> _Filling:
         """The best filling that is found."""
         micro_steps = max(1, -(-self.clips.tokens_before[-1] // (self.world_size * self.room)))
-        tries = TRIES if len(self.clips.cost) <= FEW_CLIPS else 1
+        is_few = len(self.clips.cost) <= FEW_CLIPS
         while True:
             fillings: list[_Filling] = []
             for outline in sorted(self._outlines(micro_steps)):
+                # Others are worth filling while they promise less than what has been reached.
+                reached = min([sum(filling.heights) for filling in fillings], default=float("inf"))
+                if len(fillings) == TRIES or (not is_few and outline.time >= reached * (1 - 2 * WASTE)):
+                    break
                 if (filling := self._fill(outline, micro_steps)) is not None:
                     fillings.append(filling)
-                if len(fillings) == tries:
-                    break
             if fillings:
-                return fillings[0] if len(fillings) == 1 else min(fillings, key=self._time)
+                if len(fillings) == 1:
+                    return fillings[0]
+                return min(fillings, key=self._time if is_few else lambda filling: sum(filling.heights))
             micro_steps += 1
 
     def _time(self, filling: _Filling) -> float:
-        """Sum of the heights, once laid out, and something for the tokens that travel."""
-        tokens, cost = self.clips.tokens, self.clips.cost
-        heights, travelling = [0.0] * len(filling.heights), 0
+        """Sum of the heights, once laid out."""
+        cost = self.clips.cost
+        heights = [0.0] * len(filling.heights)
         for unit in filling.units:
             for _, whole, shared, shares in self.layout.groups(unit, filling.heights[unit.micro_step]):
                 fixed, a_token = self.layout.shared_costs(shared, len(shares)) if shared else (0.0, 0.0)
                 for clips, share in zip(whole, shares, strict=True):
                     load = sum([cost[i] for i in clips]) + fixed + share * a_token
                     heights[unit.micro_step] = max(heights[unit.micro_step], load)
-                travelling += sum([tokens[i] for i in shared])
-        return sum(heights) + (SHARING_WEIGHT - 1) * self.cost.travelling_token * travelling / self.world_size
+        return sum(heights)
 
     def _outlines(self, micro_steps: int) -> Iterator[_Outline]:
         tokens, cost, world, room = self.clips.tokens, self.clips.cost, self.world_size, self.room
         tokens_before, cost_before = self.clips.tokens_before, self.clips.cost_before
         count, total = len(cost), cost_before[-1]
         cheapness = self.cheapness
-        weight = SHARING_WEIGHT * self.cost.travelling_token
+        weight = self.cost.travelling_token
 
         def rest(heights: list[float], taken: int, missing: float, shared: float) -> tuple[float, float]:
             """Height of the level micro-steps, and the estimated time."""

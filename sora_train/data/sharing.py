@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sora_train.cost.step_cost import StepCost
 
 # A rank may end above its micro-step's height by this part of it, if that saves sharing another clip.
-TOLERANCE = 0.001
+TOLERANCE = 0.003
 
 
 class Group(NamedTuple):
