@@ -28,7 +28,7 @@ from sora_train.cost.step_cost import StepCost
 from sora_train.data.sharing import Block, Clips, Group, Layout
 
 # In a block, clips over this part of a rank's height are expected to be shared.
-EXPECTED_SHARED = 0.4
+EXPECTED_SHARED = 0.5
 # So many outlines are filled at most where one turns out worse than another promises; of few clips, which even out
 # less of an estimate's error, always.
 FEW_CLIPS, TRIES = 64, 3
