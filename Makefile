@@ -20,9 +20,9 @@ help: ## show this list
 demo: $(STAMP) ## from rendered videos to generated ones on this machine: runs/demo/report.html
 	$(BIN)/python -m launch.demo
 
-test: lint ## everything: lint, types, fast tests, tests that start several processes
+test: lint ## everything: lint, types, fast tests, tests that take long or start several processes
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m distributed
+	$(BIN)/python -m pytest -m 'distributed or slow'
 
 test-fast: $(STAMP) ## the tests that need one process, nothing else
 	$(BIN)/python -m pytest

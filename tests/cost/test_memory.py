@@ -78,6 +78,7 @@ def measured(
     return allocations.alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("mode", MODES)
 def test_activations_are_what_autograd_keeps(mode: Checkpointing, precision: Precision) -> None:

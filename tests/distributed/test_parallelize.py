@@ -215,6 +215,7 @@ def random_pack(draw: random.Random) -> tuple[list[int], list[int]]:
     return lengths, [draw.choice([1, draw.randint(2, 9)]) for _ in lengths]
 
 
+@pytest.mark.slow
 def test_fifty_packs_compile_what_the_first_one_did() -> None:
     """Every piece of a block is compiled once, in the first pack, for packs of all lengths and however activations are
     kept; values and gradients equal those of blocks that are not compiled."""
