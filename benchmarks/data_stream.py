@@ -156,10 +156,16 @@ class Ours:
             assert facts.latents is not None
 
 
-def in_the_trainer(shard: LatentShard, memory: np.ndarray) -> None:
-    """The alternative to a child: read in the training process, into memory that is new each time."""
-    for task in shard.tasks:
-        shard.reader.fill(task, np.empty(places_of(task.sample).num_bytes, dtype=np.uint8), Unwatched())
+class InTheTrainer:
+    """The alternative to a child: read in the training process, without a hand-over; memory is used again as well."""
+
+    def __init__(self, shard: LatentShard) -> None:
+        self.parts = [np.ones(places_of(task.sample).num_bytes, dtype=np.uint8) for task in shard.tasks]
+
+    def __call__(self, shard: LatentShard, memory: np.ndarray) -> None:
+        """Without noise, too."""
+        for part, task in zip(self.parts, shard.tasks, strict=True):
+            shard.reader.fill(task, part, Unwatched())
 
 
 def latent_shards(folder: Path, repeats: int, height: int) -> list[Figure]:
@@ -169,7 +175,7 @@ def latent_shards(folder: Path, repeats: int, height: int) -> list[Figure]:
         "mmap": by_mmap,
         "ours": Ours(shard),
         "webdataset .decode()": by_webdataset,
-        "ours, in the training process": in_the_trainer,
+        "ours, in the training process": InTheTrainer(shard),
     }
     memory = np.zeros(shard.num_bytes, dtype=np.uint8)
     memory[:] = 1
