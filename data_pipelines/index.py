@@ -222,8 +222,9 @@ def _verify(files: AbstractFileSystem, folder: str, entry: ShardEntry, watch: Wa
 def _locate(config: IndexConfig) -> tuple[AbstractFileSystem, str]:
     if config.workers < 0:
         raise ConfigError(f"workers={config.workers} is negative: give 0 for one a core, or a number")
-    if not config.caption_fields:
-        raise ConfigError("caption_fields=[] names no field: give those that hold captions, as [caption,text]")
+    if not config.caption_fields or not all(config.caption_fields):
+        fields = list(config.caption_fields)
+        raise ConfigError(f"caption_fields={fields} names no field: give those that hold captions, as [caption,text]")
     files, folder = locate(config.shards, "shards")
     if isinstance(files, LocalFileSystem) and not files.isdir(folder):
         raise ConfigError(f"shards={config.shards} is not a folder: give the folder that holds the tars")

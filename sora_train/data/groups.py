@@ -94,10 +94,6 @@ class StepGroups:
         groups = self._of_block(block)
         return groups[rank - block.first_rank] if len(groups) > 1 else groups[0]
 
-    def of_micro_step(self, micro_step: int) -> list[Group]:
-        """All groups by first rank."""
-        return [group for block in self._blocks[micro_step] for group in self._of_block(block)]
-
     def _of_block(self, block: Block) -> list[Group]:
         number = self._number
         return [

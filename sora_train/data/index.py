@@ -119,8 +119,11 @@ def locate(shards: str | Path, setting: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a folder or URL, and the folder in it. `setting`: what to call it in a message.
 
     Raises:
-        ConfigError: `pipe:`, which other readers of WebDataset hand to a shell; a protocol unknown or not installed.
+        ConfigError: no name; `pipe:`, which other readers of WebDataset hand to a shell; a protocol unknown or not
+            installed.
     """
+    if not str(shards):
+        raise ConfigError(f"{setting} is empty: give a folder or a URL")
     if str(shards).startswith("pipe:"):
         raise ConfigError(f"{setting}={shards}: commands are not run: give a folder or a URL")
     try:

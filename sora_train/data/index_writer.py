@@ -71,11 +71,14 @@ def list_shards(files: AbstractFileSystem, folder: str) -> list[ShardFile]:
     """The tars of a folder and its sub-folders, by name; hidden folders, as those of unfinished work, are left out.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or a sub-folder is a data set of its own, whose indexes would be written over.
     """
     found = []
     for path, info in files.find(folder, detail=True).items():
         name = path.removeprefix(folder).lstrip("/")
+        if name.endswith("/" + MANIFEST_NAME) and not name.startswith("."):
+            inner = name.removesuffix("/" + MANIFEST_NAME)
+            raise ConfigError(f"shards={folder} holds a data set of its own in {inner}: index each by itself")
         if name.endswith(".tar") and not any(part.startswith(".") for part in name.split("/")):
             stamp = " ".join(f"{key}={info[key]}" for key in _STAMPS if info.get(key) is not None)
             found.append(ShardFile(name, info["size"], stamp))

@@ -19,17 +19,19 @@ from sora_train.config.diffusion import TimestepConfig
 from sora_train.config.model import ModelConfig, TextKind
 from sora_train.config.root import ConfigError
 from sora_train.cost.step_cost import of_model
+from sora_train.data.captions import check_captions
 from sora_train.data.index import Dataset
 from sora_train.data.order import GlobalBatch, Order, PlannedSample, open_datasets
 from sora_train.data.pack import Assembly, Failure, Pack
 from sora_train.data.packing import PackLimits, PackPlan, assign
 from sora_train.data.sample import Facts, SampleError, SampleReader, Source, Task, Unwatched, places_of
 from sora_train.data.shard_cache import ShardCache
+from sora_train.data.stages import build_stages
 from sora_train.data.stream import Job, Lost, Pool
 from sora_train.data.totals import cache_folder
 from sora_train.encoders.codec_shape import CodecShape
 
-__all__ = ["Loader", "Pack", "build_loader"]
+__all__ = ["Loader", "Pack", "build_loader", "check_settings"]
 
 GIB = 1 << 30
 # By step, (shard, key) of the clips that are not to be read in it: they failed when it was first done.
@@ -61,7 +63,7 @@ def build_loader(
         ConfigError: see `Order`; latents or text rows made by another encoder than the run's; or settings of the
             loader that cannot work.
     """
-    _check(config)
+    check_settings(config)
     # While the data sets are opened, the children load what they need.
     pool = Pool(config.workers, config.stall_seconds, int(config.worker_memory_gib * GIB)) if config.workers else None
     try:
@@ -181,7 +183,7 @@ class Loader:
 
     def _shard_name(self, sample: PlannedSample) -> str:
         name = self.order.datasets[sample.dataset].manifest.shards[sample.shard].name
-        return name if len(self.order.names) == 1 else f"{self.order.names[sample.dataset]}/{name}"
+        return f"{self.order.names[sample.dataset]}/{name}"  # also of a single data set: another may join it later
 
     def _collect(self, pool: Pool, plan: PackPlan, job: Job) -> Pack:
         memory = pool.wait(job)
@@ -262,7 +264,10 @@ class _ReadAhead:
         self._pool.drop(jobs)
 
 
-def _check(config: DataConfig) -> None:
+def check_settings(config: DataConfig) -> None:
+    """All that can be said of the settings before the data is looked at. Raises ConfigError for what cannot work."""
+    check_captions(config.captions)
+    build_stages(config)
     for name, value, least in (("workers", config.workers, 0), ("read_ahead", config.read_ahead, 1)):
         if value < least:
             raise ConfigError(f"data.{name}={value}: choose {least} or more")

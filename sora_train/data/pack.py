@@ -22,7 +22,7 @@ class Failure:
     """A clip that could not be read. It keeps its place in the pack, with weight 0."""
 
     key: str
-    shard: str  # NAME/shard where there are several data sets
+    shard: str  # data set/shard
     reason: str
 
 

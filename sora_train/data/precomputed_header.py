@@ -1,6 +1,6 @@
 """What the safetensors header of a pre-encoded member says: all that the index reads of latents and text rows.
 
-The form is told in data.schema. Nothing of the tensors is read, nothing is unpickled, and torch is not needed.
+The form is told in data.schema. Nothing is unpickled, and torch is not needed.
 """
 
 import json
@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 LATENTS = "latents"
 EMPTY = "empty"
 CAPTION = "caption_{}"
 # safetensors' names of the numbers that latents and text rows may have, and their bytes.
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+# The bits of their exponents: all of them set in what is infinite or not a number.
+EXPONENTS = {"F32": 0x7F80_0000, "BF16": 0x7F80, "F16": 0x7C00}
 MAX_HEADER_BYTES = 1 << 20
 
 
@@ -95,6 +99,14 @@ def text_header(data: bytes | memoryview) -> TextHeader:
     if len({place.shape[1] for place in every}) > 1:
         raise ValueError(f"rows of different widths: {sorted({place.shape[1] for place in every})}")
     return TextHeader(metadata["encoder"], tuple(rows), empty)
+
+
+def has_only_finite(data: bytes | memoryview, place: Place) -> bool:
+    """Whether none of a tensor's numbers is infinite or not a number: one would end the run that trains on it."""
+    size = ITEM_BYTES[place.number] * math.prod(place.shape)
+    words = np.frombuffer(memoryview(data)[place.offset : place.offset + size], dtype=f"<u{ITEM_BYTES[place.number]}")
+    exponent = EXPONENTS[place.number]
+    return not bool(((words & exponent) == exponent).any())
 
 
 def _places(data: bytes | memoryview) -> tuple[dict[str, Place], Mapping[str, str]]:

@@ -5,9 +5,9 @@ together are all that the tar holds. What is odd but harms no sample (a member t
 long, what follows a cut) is noted beside them. Members such as .pyd, .pickle or .pt are not opened at all.
 
 reasons of samples: duplicate_key, dotted_key, malformed_key, no_medium, two_media, zero_bytes, too_large, missing_json,
-    missing_text, malformed_json, malformed_record, no_caption_field, not_utf8, malformed_latents, malformed_text_rows,
-    frame_count, frame_size, truncated_tar, damaged_tar, crash, timeout, and those of data.probe (decode, no_video,
-    zero_frames, ...)
+    missing_text, malformed_json, malformed_record, no_caption_field, not_utf8, malformed_latents, not_finite,
+    malformed_text_rows, frame_count, frame_size, truncated_tar, damaged_tar, crash, timeout, and those of data.probe
+    (decode, no_video, zero_frames, ...)
 reasons of notes: ignored_member, caption_too_long, truncated_tar, damaged_tar
 """
 
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import xxhash
 
-from sora_train.data.precomputed_header import latents_header, text_header
+from sora_train.data.precomputed_header import has_only_finite, latents_header, text_header
 from sora_train.data.probe import DecodeError, probe_media
 from sora_train.data.sample_members import Sample
 from sora_train.data.schema import LATENT_SUFFIX, MEDIA, TEXT_SUFFIX, IndexRow
@@ -164,6 +164,8 @@ class _Scan:
             try:
                 if suffix == LATENT_SUFFIX:
                     sample.latents = latents_header(member.data)
+                    if not has_only_finite(member.data, sample.latents.place):
+                        sample.reject("not_finite", "its latents hold numbers that are infinite or none")
                 else:
                     sample.facts = probe_media(member.data, suffix)
             except DecodeError as error:
@@ -179,6 +181,10 @@ class _Scan:
         assert member.data is not None
         try:
             sample.rows, sample.rows_member = text_header(member.data), _without_data(member)
+            for place in (*sample.rows.captions, *([sample.rows.empty] if sample.rows.empty else [])):
+                if not has_only_finite(member.data, place):
+                    sample.reject("not_finite", "its text rows hold numbers that are infinite or none")
+                    break
         except ValueError as error:
             sample.reject("malformed_text_rows", str(error))
 

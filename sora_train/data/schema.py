@@ -18,11 +18,13 @@ ShardTable, in the order of the tar), and `index_rejects.jsonl`, which names wha
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 FORMAT_VERSION = 2
+SHA256_OR_NONE = re.compile(r"([0-9a-f]{64})?")
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LATENT_SUFFIX = "latents.safetensors"  # pre-encoded, of a video or an image
@@ -172,8 +174,15 @@ class ShardEntry:
     index_sha256: str = ""  # of the index file: one of another version of the shard is noticed; empty: not checked
 
     def __post_init__(self) -> None:
-        parts = self.name.split("/")
-        if not self.name.endswith(".tar") or {"", ".", ".."} & set(parts):
+        # A manifest may come from anywhere, and names become paths.
+        counts = (self.num_bytes, self.num_samples, self.num_rejected)
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"shard {self.name!r} has sizes {counts}, which are none")
+        for digest in (self.sha256, self.index_sha256):
+            if not isinstance(digest, str) or not SHA256_OR_NONE.fullmatch(digest):
+                raise ValueError(f"shard {self.name!r} has hash {digest!r}, which is no SHA-256")
+        parts = self.name.split("/") if isinstance(self.name, str) else [""]
+        if "\\" in parts[-1] or not parts[-1].endswith(".tar") or {"", ".", ".."} & set(parts):
             raise ValueError(f"shard {self.name!r} is no name of a tar inside the data set")
 
 
@@ -218,6 +227,8 @@ class DatasetManifest:
                     text_encoders=tuple(values["text_encoders"]),
                     caption_fields=tuple(values["caption_fields"]),
                 )
+                if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+                    raise ValueError("it names a shard twice")
                 if json.loads(manifest.to_json()) != values:
                     raise ValueError("its totals are not the sums of its shards")
                 return manifest

@@ -36,7 +36,7 @@ from sora_train.data.sample import Facts, SampleReader, Task, places_of
 # Samples a child has at a time: the one it works on, and one so that it need not wait for the next.
 TASKS_AHEAD = 2
 # Seconds without a sign of life in phases in which the network, or a slow disk, may be to blame.
-PATIENCE = {Phase.starting: 300.0, Phase.idle: 120.0, Phase.reading: 120.0}
+PATIENCE = {Phase.starting: 300.0, Phase.reading: 120.0}
 # Deaths in a row, of all children together, that are no longer the samples' fault: before the first sample, and later.
 DEATHS_AT_FIRST = 3
 DEATHS_LATER = 20
@@ -142,7 +142,8 @@ class Pool:
         self, workers: int, stall_seconds: float, memory_bytes: int, command: Sequence[str] = COMMAND
     ) -> None:
         self.workers, self.memory_bytes, self.command = workers, memory_bytes, tuple(command)
-        self.patience = {**PATIENCE, Phase.decoding: stall_seconds}
+        # One that is asked for a sample and does not even take it up is as still as one that decodes no further frame.
+        self.patience = {**PATIENCE, Phase.decoding: stall_seconds, Phase.idle: 4 * stall_seconds}
         self.blocks = Blocks()
         self._setup: bytes | None = None
         self._children: list[_Child] = []

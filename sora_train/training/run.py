@@ -1,5 +1,6 @@
 """The run directory's memory of what is being trained: config, fingerprints, how it ended."""
 
+import atexit
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from sora_train.config.data import DataConfig, dataset_configs
 from sora_train.config.limits import check_limits
 from sora_train.config.root import ConfigError, TrainConfig, known_keys, save_config
+from sora_train.data.loader import check_settings
 from sora_train.data.order import open_datasets
 from sora_train.data.stages import build_stages
 from sora_train.distributed.collectives import barrier
@@ -39,6 +41,9 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "data.workers",
     "data.read_ahead",
+    "data.stall_seconds",
+    "data.worker_memory_gib",
+    "data.cache_gib",
     "data.max_bad_share",
     "data.max_tokens_per_pack",  # packs are cut anew for each world; the batch stays
     "parallel.",
@@ -103,6 +108,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
             )
     check_sizes(validation_requests(config), config.model, codec_shape(config.codec))
     check_run_dir(Path(config.run_dir))
+    check_settings(config.data)
     build_stages(config.data)
     open_datasets(config.data)
     new_facts = facts(config)
@@ -126,6 +132,7 @@ def open_run_dir(config: TrainConfig, world: World) -> Path:
     if world.is_main:
         save_config(config, run_dir / "config.yaml")
         write_status(run_dir, "running", None)
+        atexit.register(write_status, run_dir, "failed", None)  # a run that ends well leaves before that
         restore_ledger(run_dir)
     barrier()
     return run_dir
@@ -134,6 +141,7 @@ def open_run_dir(config: TrainConfig, world: World) -> Path:
 def close_run_dir(run_dir: Path, world: World, state: str, step: int) -> None:
     """Leaves word of how the run ended."""
     if world.is_main:
+        atexit.unregister(write_status)
         write_status(run_dir, state, step)
         log.info("%s after %d steps: %s", state, step, run_dir)
 
@@ -201,8 +209,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, state: str, step: int | None) -> None:
-    """How the run stands, for the launcher: "running" (its step is in metrics.jsonl), "finished" or "stopped" (by a
-    signal, to be requeued)."""
+    """How the run stands, for the launcher: "running" (its step is in metrics.jsonl), "finished", "stopped" (by a
+    signal, to be requeued) or "failed" (its last line says why)."""
     temporary = run_dir / (STATUS + ".tmp")
     temporary.write_text(json.dumps({"state": state, "step": step}))
     temporary.replace(run_dir / STATUS)

@@ -1,6 +1,7 @@
 """Shards made elsewhere: every form of them, and everything that can be wrong with a sample."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,7 @@ from sora_train.data.schema import CaptionsIn, IndexRow
 VIDEO = clip(5, 64, 80)
 OTHER = clip(5, 64, 80, seed=1)
 LATENTS = latents_member(torch.ones(16, 2, 8, 10), "vae-1", 5, 64, 80, 8.0)
+LATENTS_OF_NONE = latents_member(torch.full((16, 2, 8, 10), torch.nan), "vae-1", 5, 64, 80, 8.0)
 Members = Mapping[str, bytes] | Sequence[tuple[str, bytes]]
 
 
@@ -159,6 +161,16 @@ BAD: dict[str, tuple[Members, str, str]] = {
     "json not in UTF-8": ({"bad.mp4": OTHER, "bad.json": b'{"caption": "caf\xe9"}'}, "bad", "not_utf8"),
     "a text of 5 MB": ({"bad.mp4": OTHER, "bad.txt": b"a" * (5 << 20)}, "bad", "too_large"),
     "latents of nothing": ({"bad.latents.safetensors": LATENTS[:100], "bad.txt": b"a"}, "bad", "malformed_latents"),
+    "latents of no numbers": (
+        {"bad.latents.safetensors": LATENTS_OF_NONE, "bad.txt": b"a"},
+        "bad",
+        "not_finite",
+    ),
+    "rows of no numbers": (
+        {"bad.mp4": OTHER, "bad.txt": b"a", "bad.text.safetensors": text_member([torch.full((1, 2), torch.inf)], "t")},
+        "bad",
+        "not_finite",
+    ),
     "rows for other captions": (
         {"bad.mp4": OTHER, "bad.txt": b"a", "bad.text.safetensors": text_member([torch.ones(1, 2)] * 2, "t")},
         "bad",
@@ -230,6 +242,7 @@ def test_what_stands_before_a_cut_is_kept(tmp_path: Path) -> None:
     whole = tar_bytes(samples)
     (tmp_path / "whole").mkdir()
     rows = index(tmp_path / "whole", samples).table(0).rows()
+    shutil.rmtree(tmp_path / "whole")
     ends = rows[2].record_offset + 512
     cuts = {
         rows[1].medium_offset + 100: ["a"],  # in the medium of b

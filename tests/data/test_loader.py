@@ -100,7 +100,7 @@ def test_a_broken_clip_is_masked_and_moves_nobody(shards: Path, tmp_path: Path) 
         file.write(bytes(victim.row.medium_size))
     packs = list(loader_of(damaged).packs(0))
     (failure,) = [failure for pack in packs for failure in pack.failures]
-    assert (failure.key, failure.shard, failure.reason) == (victim.row.key, name, "hash")
+    assert (failure.key, failure.shard, failure.reason) == (victim.row.key, f"main/{name}", "hash")
     before, after = by_index(clean), by_index(packs)
     assert packs[0].weight_S[0] == 0
     assert not packs[0].frames[0].any()
@@ -145,6 +145,6 @@ def test_clips_of_a_shard_that_is_gone_fail_one_by_one(shards: Path, tmp_path: P
     (tmp_path / "shards" / "shard-000003.tar").unlink()
     packs = [pack for step in range(4) for pack in loader_of(tmp_path / "shards").packs(step)]
     failures = [failure for pack in packs for failure in pack.failures]
-    assert {(failure.shard, failure.reason) for failure in failures} == {("shard-000003.tar", "missing_shard")}
+    assert {(failure.shard, failure.reason) for failure in failures} == {("main/shard-000003.tar", "missing_shard")}
     lost = sum(sample.shard == 3 for pack in packs for sample in pack.samples)
     assert len(failures) == lost

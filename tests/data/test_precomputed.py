@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load, save
 
 from sora_train.data.precomputed import latents_member, read_latents, read_text, text_member
-from sora_train.data.precomputed_header import latents_header, text_header
+from sora_train.data.precomputed_header import has_only_finite, latents_header, text_header
 
 LATENTS = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).view(2, 3, 4, 5)
 
@@ -83,3 +83,13 @@ def test_damaged_members_are_told_by_the_header() -> None:
         latents_header(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match="expected caption_0"):
         text_header(save({"caption_1": torch.zeros(1, 4)}, metadata={"encoder": "t5"}))
+
+
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_number_that_is_none_is_found(number: torch.dtype) -> None:
+    largest = torch.finfo(number).max
+    for value, is_good in ((largest, True), (-largest, True), (float("inf"), False), (float("nan"), False)):
+        latents = LATENTS.clone().to(number)
+        latents[1, 2, 3, 4] = value
+        data = latents_member(latents, "vae-1", 9, 40, 50, 8.0)
+        assert has_only_finite(data, latents_header(data).place) is is_good

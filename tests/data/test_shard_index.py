@@ -103,6 +103,37 @@ def test_a_manifest_cannot_lead_out_of_its_folder(name: str, tmp_path: Path) -> 
         open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("ab" * 32, "../../etc/passwd"),
+        ('"num_bytes": 10', '"num_bytes": -1'),
+        ('"num_bytes": 10', '"num_bytes": "10"'),
+        ('"num_samples": 1', '"num_samples": 1.0'),
+        ('"name": "a.tar"', '"name": 5'),
+    ],
+)
+def test_a_manifest_that_says_what_cannot_be_is_damaged(old: str, new: str, tmp_path: Path) -> None:
+    text = DatasetManifest((ShardEntry("a.tar", 10, "ab" * 32, 1),)).to_json()
+    assert old in text
+    (tmp_path / "dataset.json").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=r"dataset\.json is damaged"):
+        open_dataset(tmp_path)
+
+
+def test_a_shard_stands_in_a_manifest_once(tmp_path: Path) -> None:
+    entry = ShardEntry("a.tar", 10, "ab" * 32, 1)
+    (tmp_path / "dataset.json").write_text(DatasetManifest((entry, entry)).to_json())
+    with pytest.raises(ConfigError, match="names a shard twice"):
+        open_dataset(tmp_path)
+
+
+def test_a_data_set_inside_another_folder_is_not_written_over(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "inner")
+    with pytest.raises(ConfigError, match="holds a data set of its own in inner"):
+        write_index(tmp_path)
+
+
 def test_a_manifest_whose_totals_are_not_its_sums_is_damaged(tmp_path: Path) -> None:
     text = DatasetManifest((ShardEntry("a.tar", 10, "ab" * 32, 7),)).to_json()
     (tmp_path / "dataset.json").write_text(text.replace('"num_samples": 7', '"num_samples": 8'))

@@ -274,6 +274,10 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
         build(tmp_path, workers=-1)
     with pytest.raises(ConfigError, match=r"caption_fields=\[\] names no field"):
         build(tmp_path, caption_fields=[])
+    with pytest.raises(ConfigError, match=r"caption_fields=\[''\] names no field"):
+        build(tmp_path, caption_fields=[""])
+    with pytest.raises(ConfigError, match="shards is empty"):
+        build("")
     done = run(f"shards={tmp_path}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert main.__doc__

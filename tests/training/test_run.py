@@ -57,6 +57,9 @@ def save_checkpoint_of(config: TrainConfig, step: int = 5) -> None:
         ({"optim": {"beta1": 1.0}}, "optim.beta1=1"),
         ({"diffusion": {"timesteps": {"shift": 0.0}}}, "diffusion.timesteps.shift=0.0"),
         ({"validation": {"prompts": ["a"], "height": 63}}, "height=63 is not a multiple of 8"),
+        ({"data": {"captions": {"weights": {"recaption/shrt": 1.0}}}}, "the kinds are"),
+        ({"data": {"workers": -1}}, "data.workers=-1: choose 0 or more"),
+        ({"data": {"held_out_fraction": 2.0}}, "data.held_out_fraction=2.0"),
         ({"steps": 0}, "steps=0: choose 1 or more"),
         ({"checkpoint": {"save_every": 0}}, "checkpoint.save_every=0"),
         ({"data": {"shards": "/nowhere"}}, "data.shards=/nowhere"),
@@ -73,7 +76,8 @@ def test_one_line_names_field_and_value(build: Callable[..., TrainConfig], value
 def test_a_run_goes_on_with_the_same_settings_and_with_harmless_changes(build: Callable[..., TrainConfig]) -> None:
     save_checkpoint_of(build())
     run.check(build())
-    run.check(build(steps=9, parallel={"zero_stage": 3}, data={"workers": 0}, tracking={"log_every": 1}))
+    loading = {"workers": 0, "worker_memory_gib": 8.0}
+    run.check(build(steps=9, parallel={"zero_stage": 3}, data=loading, tracking={"log_every": 1}))
 
 
 def test_other_settings_are_refused_with_the_difference_and_can_be_allowed_by_name(
