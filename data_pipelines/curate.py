@@ -39,13 +39,14 @@ from sora_train.config.command import hydra_app
 from sora_train.config.curation import CurationConfig
 from sora_train.config.root import ConfigError
 from sora_train.data.index_writer import write_index
+from sora_train.data.schema import REJECTS_NAME
 
 STAGES = ("ingest", "probe", "split_scenes", "filter_quality", "caption", "write_shards")
 SUMMARY = "curation.json"  # in the output, once it is complete
 REJECTS = "rejects.jsonl"
 SOURCES_PER_TASK = 16
 # Part of what a folder of shards is made by: raise it when the same videos would give other clips or captions.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,21 @@ def main(config: CurationConfig) -> None:
     console = Console()
     counts = curate(config, console)
     console.print(counts_table(counts))
-    rejected = sum(count.num_rejected for count in counts)
-    if rejected:
-        console.print(
-            f"{rejected} rejected, reasons in {Path(config.output) / REJECTS}", highlight=False, soft_wrap=True
-        )
+    *stages, index = counts
+    for rejected, name in ((sum(count.num_rejected for count in stages), REJECTS), (index.num_rejected, REJECTS_NAME)):
+        if rejected:
+            place = Path(config.output) / name
+            console.print(f"{rejected} rejected, reasons in {place}", highlight=False, soft_wrap=True)
 
 
 def curate(config: CurationConfig, console: Console) -> tuple[StageCount, ...]:
-    """Fills config.output; returns what each stage did.
+    """Fills config.output; returns what each stage did, and the index last.
+
+    A clip that the index refuses is counted there and named in index_rejects.jsonl; the others are a data set.
 
     Raises:
-        ConfigError: see `plan_run`; also when the output cannot be written, or no source gives a clip.
+        ConfigError: see `plan_run`; also when the output cannot be written, no source gives a clip, or the index
+            refuses them all.
     """
     output = Path(config.output).absolute()
     work = Workspace(output / ".curation")
@@ -132,9 +136,12 @@ def curate(config: CurationConfig, console: Console) -> tuple[StageCount, ...]:
     shards: list[PipelineStep] = [ReadParts(work.parts), WriteShards(output, shard_bytes)]
     with quiet_logs(work.root / "log.txt"):
         run_tasks(shards, 1, 1, work.root / "shards")
-    manifest = write_index(output)
-    if manifest.num_samples != num_clips:
-        raise RuntimeError(f"{num_clips} clips were made, {manifest.num_samples} stand in the shards of {output}")
+    # The shards are written: a clip that the index refuses must not cost the others.
+    manifest = write_index(output, allow_rejects=True)
+    if manifest.num_samples + manifest.num_rejected != num_clips:
+        found = f"{manifest.num_samples} and {manifest.num_rejected} rejected"
+        raise RuntimeError(f"{num_clips} clips were made, {found} stand in the shards of {output}")
+    counts = (*counts, StageCount("index", num_clips, 0, manifest.num_samples, manifest.num_rejected))
     summary = {**identity, "captioner": MODEL, "counts": [asdict(count) for count in counts]}
     write_whole(output / SUMMARY, json.dumps(summary, indent=1))
     shutil.rmtree(work.root)

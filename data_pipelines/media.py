@@ -2,7 +2,8 @@
 
 A media file is hostile until it has been decoded. The container is told from the first bytes and then forced, so that
 a playlist or a concat script never runs, and only the `file` protocol is open, so that nothing in a file can reach the
-network. One thread decodes and encodes: clips are small, workers are many, and x264 is then reproducible.
+network. One thread decodes and encodes: clips are small, workers are many, and x264 is then reproducible. Frames leave
+here with square pixels, as the index (sora_train.data.probe) counts them: no stage needs to know of other shapes.
 """
 
 import io
@@ -20,6 +21,7 @@ from av.video.reformatter import ColorRange, Interpolation
 from av.video.stream import VideoStream
 
 from data_pipelines.record import Frames
+from sora_train.data import probe
 
 # What libav, through PyAV, raises on damaged files. Anything else is an error of ours and stops the run.
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, OverflowError, MemoryError, EOFError)
@@ -28,6 +30,8 @@ X264_PRESETS = (
 )  # fmt: skip
 # Of a container's clock; divides every usual frame rate.
 _TIME_BASE = Fraction(1, 90000)
+# Pixels narrower or wider than this are no camera's; the loader refuses narrower ones too.
+MAX_PIXEL_ASPECT = 4
 _RGB_SPACE, _UNSPECIFIED_SPACE = 0, 2  # of libav's AVColorSpace
 
 
@@ -74,7 +78,8 @@ def open_stream(path: Path, demuxer: str, max_pixels: int) -> Iterator[VideoStre
     """Opens the first video stream of a file; closed on leaving.
 
     Raises:
-        MediaError: the file does not open as `demuxer`, has no video, or claims more than `max_pixels` a frame.
+        MediaError: the file does not open as `demuxer`, has no video, claims more than `max_pixels` a frame (as coded
+            or as displayed), or pixels of more than MAX_PIXEL_ASPECT.
     """
     options = {"protocol_whitelist": "file"}
     try:
@@ -90,13 +95,19 @@ def open_stream(path: Path, demuxer: str, max_pixels: int) -> Iterator[VideoStre
             raise MediaError("no decoder for its video stream")
         if codec.width * codec.height > max_pixels:
             raise MediaError(f"{codec.width}x{codec.height} is over max_source_pixels={max_pixels}")
+        aspect = stream.sample_aspect_ratio or 1
+        if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+            raise MediaError(f"pixels too far from square: their aspect is {aspect}, over {MAX_PIXEL_ASPECT} to 1")
+        height, width = probe.displayed_size(stream, codec.height, codec.width, 0)
+        if height * width > max_pixels:
+            raise MediaError(f"{width}x{height} as displayed is over max_source_pixels={max_pixels}")
         codec.options = {"max_pixels": str(max_pixels)}
         codec.thread_count = 1
         yield stream
 
 
 def decode(stream: VideoStream) -> Iterator[VideoFrame]:
-    """Frames in display order.
+    """Frames in display order, not yet upright, their pixels square: scaled in width where they are coded otherwise.
 
     Raises:
         MediaError: at the first packet that does not decode, or frame that libav patched over.
@@ -108,14 +119,28 @@ def decode(stream: VideoStream) -> Iterator[VideoFrame]:
     while True:
         try:
             frame = next(frames, None)
+            squared = frame and _square(frame, stream)
         except DECODE_ERRORS as error:
             raise MediaError(f"does not decode after frame {count}: {reason(error)}") from error
-        if frame is None:
+        if frame is None or squared is None:
             return
         if frame.is_corrupt:
             raise MediaError(f"frame {count} is damaged")
-        yield frame
+        yield squared
         count += 1
+
+
+def _square(frame: VideoFrame, stream: VideoStream) -> VideoFrame:
+    _, width = probe.displayed_size(stream, frame.height, frame.width, 0)
+    if width == frame.width:
+        return frame
+    return frame.reformat(
+        width,
+        format="rgb24" if frame.format.has_palette else None,  # libswscale reads palettes and writes none
+        interpolation=Interpolation.BICUBIC,
+        src_color_range=frame.color_range,
+        dst_color_range=frame.color_range,
+    )
 
 
 def rotation(frame: VideoFrame) -> int:
@@ -124,7 +149,7 @@ def rotation(frame: VideoFrame) -> int:
 
 
 def displayed_size(frame: VideoFrame) -> tuple[int, int]:
-    """Height and width as displayed."""
+    """Height and width as displayed, of a frame whose pixels are square (see `decode`)."""
     return (frame.width, frame.height) if rotation(frame) % 2 else (frame.height, frame.width)
 
 

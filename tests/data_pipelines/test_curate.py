@@ -9,7 +9,10 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 from importlib.metadata import files
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +28,15 @@ from rich.console import Console
 
 from data_pipelines import curate as curation
 from data_pipelines.curate import curate
-from data_pipelines.media import decode, encode_mp4, open_stream
+from data_pipelines.media import MediaError, decode, encode_mp4, open_stream
 from data_pipelines.stages.ingest import original_caption, source_keys
-from data_pipelines.stages.split_scenes import scan
+from data_pipelines.stages.split_scenes import SplitScenes, scan
 from sora_train.config.curation import CurationConfig, FilterConfig, SceneConfig, SceneDetectorKind
 from sora_train.config.root import ConfigError
+from sora_train.data.clip import decode_clip
+from sora_train.data.index import open_dataset
 from sora_train.data.schema import ClipRecord
+from sora_train.data.size import ClipSize
 from sora_train.data.video_file import read_video
 
 MAX_PIXELS = 8192 * 8192
@@ -163,6 +169,89 @@ def test_a_cut_made_by_copying_packets_is_encoded_anew(tmp_path: Path) -> None:
     assert records(tmp_path / "out")["cut"].num_frames == 9
     data = members(tmp_path / "out")["cut.mp4"]
     assert len(decord.VideoReader(io.BytesIO(data))) == 9
+
+
+def draw_anamorphic(path: Path, scenes: int = 1, aspect: str = "4/3", turn: int = 0) -> None:
+    """62x64 pixels, each `aspect` wide; 24x32 of them are white, which a player shows as a square at 4/3."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=8, options={"crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = 62, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if turn:
+            stream.set_display_rotation(turn)
+        for index in range(20 * scenes):
+            pixels = np.full((64, 62, 3), (90, 20, 20) if index < 20 else (20, 20, 140), np.uint8)
+            pixels[16:48, 18:42] = 255
+            file.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+
+
+def decoded(output: Path) -> dict[str, np.ndarray]:
+    """What the loader makes of every clip at its own size, which the index and the record must agree on."""
+    dataset, clips = open_dataset(output), {}
+    for shard in range(len(dataset.manifest.shards)):
+        for row in dataset.table(shard).rows():
+            data = dataset.read(shard, row.medium_offset, row.medium_size)
+            size = (row.height, row.width)
+            clips[row.key] = decode_clip(data, row, ClipSize(row.num_frames, *size, *size, 0, 1.0))
+            record = records(output)[row.key]
+            assert (record.num_frames, record.height, record.width) == (row.num_frames, *size)
+    return clips
+
+
+def test_pixels_that_are_not_square_are_counted_as_they_are_shown(tmp_path: Path) -> None:
+    draw_anamorphic(tmp_path / "in" / "whole.mp4")
+    draw_anamorphic(tmp_path / "in" / "cut.mp4", scenes=2)
+    draw_anamorphic(tmp_path / "in" / "turned.mp4", turn=90)
+    draw_anamorphic(tmp_path / "in" / "ribbon.mp4", aspect="40/3")
+    density = b"pHYs" + (300).to_bytes(4, "big") + (400).to_bytes(4, "big") + b"\1"
+    chunk = (9).to_bytes(4, "big") + density + zlib.crc32(density).to_bytes(4, "big")
+    picture = png(64, 60)
+    (tmp_path / "in" / "picture.png").write_bytes(picture[:33] + chunk + picture[33:])  # after its header
+    run(tmp_path / "in", tmp_path / "out")
+    clips = decoded(tmp_path / "out")
+    # What is encoded anew has even sides, so that 83 columns become 82; what is handed on keeps them all.
+    assert {key: frames.shape[:3] for key, frames in clips.items()} == {
+        "whole": (20, 64, 83),
+        "cut/0000": (20, 64, 82),
+        "cut/0001": (20, 64, 82),
+        "turned": (20, 82, 64),
+        "picture": (1, 64, 45),  # libav divides a picture's densities, across by down
+    }
+    assert members(tmp_path / "out")["whole.mp4"] == (tmp_path / "in" / "whole.mp4").read_bytes()
+    for key in ("whole", "cut/0000", "cut/0001", "turned"):
+        white = (clips[key][0] > 200).all(2)
+        assert abs(white.any(0).sum() - 32) <= 1, key
+        assert abs(white.any(1).sum() - 32) <= 1, key
+    assert rejects(tmp_path / "out")["ribbon.mp4"] == (
+        "probe",
+        "pixels too far from square: their aspect is 40/3, over 4 to 1",
+    )
+    with (
+        pytest.raises(MediaError, match="83x64 as displayed is over max_source_pixels=4000"),
+        open_stream(tmp_path / "in" / "whole.mp4", "mov", 4000),
+    ):
+        pass
+
+
+def test_a_clip_that_the_index_refuses_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("good", "wrong"):
+        draw(tmp_path / "in" / f"{name}.mp4")
+    make = SplitScenes._clip
+
+    def mistake(self, record, *place):  # type: ignore[no-untyped-def]
+        clip = make(self, record, *place)
+        return replace(clip, width=clip.width + 27) if record.key == "wrong" else clip
+
+    monkeypatch.setattr(SplitScenes, "_clip", mistake)
+    counts = run(tmp_path / "in", tmp_path / "out")
+    assert counts["write_shards"][2] == 2
+    assert counts["index"] == (2, 0, 1, 1)
+    assert run(tmp_path / "in", tmp_path / "out") == counts
+    assert list(decoded(tmp_path / "out")) == ["good"]
+    (line,) = (tmp_path / "out" / "index_rejects.jsonl").read_text().splitlines()
+    assert (json.loads(line)["key"], json.loads(line)["reason"]) == ("wrong", "frame_size")
 
 
 def test_damaged_and_hostile_files_are_rejected_by_name(tmp_path: Path) -> None:
