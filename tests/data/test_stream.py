@@ -262,8 +262,9 @@ if {way!r}:
     loader.pool = Pool(2, 100.0, 4 << 30, (sys.executable, "-P", {MISBEHAVING!r}, {way!r}))
     loader.pool.open(loader.reader)
 threading.Thread(target=lambda: list(loader.packs(0)), daemon=True).start()
-busy = Phase.decoding if {way!r} else Phase.idle  # hanging, or done with what there was
-while len(loader.pool.pids()) < 2 or any(child.status.look()[:2] < (1, busy) for child in loader.pool._children):
+# Hanging; or at rest, one of them perhaps without having had a sample, if the other was there first.
+is_there = lambda child: child.status.look()[1] is Phase.decoding if {way!r} else child.is_ready and not child.tasks
+while len(loader.pool.pids()) < 2 or not all(map(is_there, loader.pool._children)):
     time.sleep(0.02)
 print(*loader.pool.pids(), flush=True)
 time.sleep(1000)
