@@ -76,7 +76,8 @@ def test_another_rule_has_totals_of_its_own(tmp_path: Path, other: Rule) -> None
 def test_another_data_set_has_totals_of_its_own(tmp_path: Path) -> None:
     dataset = Simulated(30, 12)
     shards = dataset.manifest.shards
-    changes = ({"sha256": "a" * 64}, {"index_sha256": "a" * 64}, {"num_bytes": 1}, {"name": "other.tar"}, {"num_samples": 11})
+    digest = "a" * 64
+    changes = ({"sha256": digest}, {"index_sha256": digest}, {"num_bytes": 1}, {"name": "other.tar"}, {"num_samples": 11})
     manifests = [
         dataset.manifest,
         *(replace(dataset.manifest, shards=(*shards[:-1], replace(shards[-1], **change))) for change in changes),  # type: ignore[arg-type]
