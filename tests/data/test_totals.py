@@ -77,7 +77,8 @@ def test_another_data_set_has_totals_of_its_own(tmp_path: Path) -> None:
     dataset = Simulated(30, 12)
     shards = dataset.manifest.shards
     digest = "a" * 64
-    changes = ({"sha256": digest}, {"index_sha256": digest}, {"num_bytes": 1}, {"name": "other.tar"}, {"num_samples": 11})
+    changes: list[dict[str, object]] = [{"sha256": digest}, {"index_sha256": digest}]
+    changes += [{"num_bytes": 1}, {"name": "other.tar"}, {"num_samples": 11}]
     manifests = [
         dataset.manifest,
         *(replace(dataset.manifest, shards=(*shards[:-1], replace(shards[-1], **change))) for change in changes),  # type: ignore[arg-type]
