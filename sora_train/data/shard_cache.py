@@ -7,6 +7,7 @@ never fatal: then there is no copy.
 
 import fcntl
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from fsspec import AbstractFileSystem
 from sora_train.data.schema import ShardEntry
 
 CHUNK = 8 << 20
+
+log = logging.getLogger(__name__)
 
 
 class ShardCache:
@@ -47,8 +50,9 @@ class ShardCache:
             return None
         try:
             return kept if self._download(files, remote, shard, kept, progress) else None
-        # fsspec's file systems raise what their clients raise; reading by range will say what is wrong.
-        except Exception:
+        # fsspec's file systems raise what their clients raise; the shard is read by range instead.
+        except Exception as error:
+            log.warning("data.cache_dir=%s takes no copy of %s: %r", self.folder, shard.name, error)
             self._refused.add(shard.sha256)
             return None
 

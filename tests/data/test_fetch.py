@@ -147,7 +147,9 @@ def test_the_least_recently_used_copies_make_room(remote: Remote, tmp_path: Path
     assert cache.path(remote, "/set/a.tar", entry(), lambda: None) is None, "more than all the room there is"
 
 
-def test_a_cache_in_trouble_costs_nothing_but_time(remote: Remote, tmp_path: Path) -> None:
+def test_a_cache_in_trouble_costs_nothing_but_time(
+    remote: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     other = ShardEntry("a.tar", len(DATA), hashlib.sha256(b"other").hexdigest(), 1)
     cache = ShardCache(tmp_path / "new", 10 * len(DATA))
     for _ in range(2):
@@ -156,6 +158,7 @@ def test_a_cache_in_trouble_costs_nothing_but_time(remote: Remote, tmp_path: Pat
     assert not list((tmp_path / "new").iterdir()), "what is not as promised is not kept"
     (tmp_path / "file").write_bytes(b"")
     assert filled(remote, "/set", (5, 10), cache=ShardCache(tmp_path / "file", 10**9)) == [DATA[5:15]]
+    assert "takes no copy of a.tar" in caplog.text
     # Another process is downloading: the remote shard is read meanwhile.
     busy = tmp_path / "busy"
     busy.mkdir()
