@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sora_train.config.model import ModelConfig, TextKind
-from sora_train.models.attention import PackLayout
+from sora_train.models.pack_layout import PackLayout
 from sora_train.models.patchify import Patch, Shape, num_tokens, patchify, positions, shape_of, unpatchify
 from sora_train.models.text import pack_bytes
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_train.config.model import ModelConfig
-from sora_train.models.attention import Attention, PackLayout
+from sora_train.models.attention import Attention
+from sora_train.models.pack_layout import PackLayout
 
 TIME_SCALE = 1000.0  # Wan's timesteps run from 0 to 1000, our t from 0 to 1
 

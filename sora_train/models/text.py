@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_train.config.model import TextConfig
-from sora_train.models.attention import Attention, PackLayout
+from sora_train.models.attention import Attention
+from sora_train.models.pack_layout import PackLayout
 
 BEGIN = 256  # stands before the bytes, so that no caption is empty
 VOCABULARY = 257

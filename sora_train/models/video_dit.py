@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sora_train.config.model import ModelConfig, TextKind
 from sora_train.config.root import ConfigError
-from sora_train.models.attention import PackLayout
 from sora_train.models.inputs import Conditioning, PackedConditioning, Text, pack_inputs, patch_of, unpack_prediction
 from sora_train.models.layers import (
     Block,
@@ -28,6 +27,7 @@ from sora_train.models.layers import (
     TimeEmbedding,
     per_token,
 )
+from sora_train.models.pack_layout import PackLayout
 from sora_train.models.rope import rotation
 from sora_train.models.text import ByteText
 

@@ -23,8 +23,8 @@ from sora_train.cost.memory import (
     working_bytes,
 )
 from sora_train.distributed.activations import BlockRunner
-from sora_train.models.attention import PackLayout
 from sora_train.models.inputs import PackedConditioning
+from sora_train.models.pack_layout import PackLayout
 from sora_train.models.video_dit import VideoDiT, call_block
 
 MODES = (Checkpointing.none, Checkpointing.operations, Checkpointing.block)

@@ -26,7 +26,7 @@ from sora_train.distributed.engine import accumulate, build_engine, set_learning
 from sora_train.distributed.parallelize import parallelize
 from sora_train.distributed.partitions import fragments
 from sora_train.distributed.topology import World
-from sora_train.models.attention import PackLayout
+from sora_train.models.pack_layout import PackLayout
 from sora_train.models.video_dit import VideoDiT
 from sora_train.training.checkpoint import Checkpoints, TrainState
 from sora_train.training.ema import Ema

@@ -22,7 +22,8 @@ from sora_train.distributed.compilation import compile_blocks
 from sora_train.distributed.offload import Away, Offload
 from sora_train.distributed.parallelize import parallelize
 from sora_train.distributed.topology import read_world
-from sora_train.models.attention import PackLayout, masked_sdpa
+from sora_train.models.attention_cores import masked_sdpa
+from sora_train.models.pack_layout import PackLayout
 from sora_train.models.video_dit import VideoDiT, call_block
 
 CPU = torch.device("cpu")

@@ -3,15 +3,9 @@ import torch
 
 from sora_train.config.parallel import AttentionKind
 from sora_train.config.root import ConfigError
-from sora_train.models.attention import (
-    Attention,
-    PackLayout,
-    apply_core,
-    choose_core,
-    masked_sdpa,
-    sdpa_per_document,
-    torch_varlen,
-)
+from sora_train.models.attention import Attention, apply_core
+from sora_train.models.attention_cores import choose_core, masked_sdpa, sdpa_per_document, torch_varlen
+from sora_train.models.pack_layout import PackLayout
 
 LENGTHS, TEXT_LENGTHS = (5, 1, 8), (2, 4, 1)
 
@@ -94,13 +88,15 @@ def test_a_kernel_that_cannot_run_here_is_refused(kind):
 
 
 def test_auto_takes_the_variable_length_kernels_on_cuda(monkeypatch):
-    monkeypatch.setattr("sora_train.models.attention.find_spec", lambda name: None if "flash" in name else object())
+    monkeypatch.setattr(
+        "sora_train.models.attention_cores.find_spec", lambda name: None if "flash" in name else object()
+    )
     core, reason = choose_core(AttentionKind.auto, "cuda", torch.bfloat16)
     assert core.__name__ == "torch_varlen"
     assert "varlen" in reason
-    monkeypatch.setattr("sora_train.models.attention.find_spec", lambda name: object())
+    monkeypatch.setattr("sora_train.models.attention_cores.find_spec", lambda name: object())
     assert choose_core(AttentionKind.auto, "cuda", torch.bfloat16)[0].__name__ == "flash_attention"
-    monkeypatch.setattr("sora_train.models.attention.find_spec", lambda name: None)
+    monkeypatch.setattr("sora_train.models.attention_cores.find_spec", lambda name: None)
     assert choose_core(AttentionKind.auto, "cuda", torch.bfloat16)[0] is sdpa_per_document
     with pytest.raises(ConfigError, match="not installed"):
         choose_core(AttentionKind.flash, "cuda", torch.bfloat16)
@@ -109,7 +105,7 @@ def test_auto_takes_the_variable_length_kernels_on_cuda(monkeypatch):
 @pytest.mark.parametrize(("width", "heads", "odd"), [(24, 2, 12), (528, 2, 264)])
 def test_heads_that_no_kernel_takes_get_none(monkeypatch, width, heads, odd):
     """Both kernels crash on a width that is no multiple of 8 or over 256, and only on the device."""
-    monkeypatch.setattr("sora_train.models.attention.find_spec", lambda name: object())
+    monkeypatch.setattr("sora_train.models.attention_cores.find_spec", lambda name: object())
     model = torch.nn.ModuleList([Attention(width, heads, 1e-6), Attention(64, 4, 1e-6)])
     reason = apply_core(model, AttentionKind.auto, "cuda", torch.bfloat16)
     assert {module.core for module in model} == {sdpa_per_document}

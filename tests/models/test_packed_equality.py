@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from sora_train.models import video_dit
-from sora_train.models.attention import Attention, PackLayout, masked_sdpa, sdpa_per_document
+from sora_train.models.attention import Attention
+from sora_train.models.attention_cores import masked_sdpa, sdpa_per_document
 from sora_train.models.inputs import Conditioning, pack_inputs
+from sora_train.models.pack_layout import PackLayout
 from sora_train.models.video_dit import predict
 
 TOLERANCE = 1e-5
