@@ -9,10 +9,8 @@ A save writes everything into a hidden folder beside, syncs it to disk, and rena
 the checkpoints that were complete. A load takes the newest one whose every byte is as its manifest says.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,17 +28,22 @@ from sora_train.distributed.collectives import barrier, gather_facts
 from sora_train.distributed.partitions import Fragment, apply_loaded, optimizer_steps, reset_optimizer
 from sora_train.distributed.topology import World
 from sora_train.training.ema import Ema
+from sora_train.training.fragment_files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    DamagedCheckpointError,
+    PieceReader,
+    digest,
+    entry_of,
+    read_manifest,
+    sync,
+    verify,
+)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 LEDGER = "quarantine.jsonl"
 _STEP = re.compile(r"step-(\d{8})")
 
 log = logging.getLogger(__name__)
-
-
-class DamagedCheckpointError(Exception):
-    """A file of a checkpoint is not as its manifest says; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class Checkpoints:
         barrier()
         path = temporary / f"rank-{self.world.global_rank:05d}.safetensors"
         save_file(tensors, path)
-        _sync(path)
-        entries = gather_facts(_entry(path))
+        sync(path)
+        entries = gather_facts(entry_of(path))
         pieces = gather_facts([(f.name, f.start + f.written[0], f.start + f.written[1]) for f in self.held])
         shapes = _shapes_of(self.engine.module)
         if self.world.is_main:
@@ -129,8 +131,8 @@ class Checkpoints:
     ) -> None:
         if self.ledger.exists():
             shutil.copyfile(self.ledger, temporary / LEDGER)
-            _sync(temporary / LEDGER)
-            entries.append(_entry(temporary / LEDGER))
+            sync(temporary / LEDGER)
+            entries.append(entry_of(temporary / LEDGER))
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": state.step,
@@ -141,10 +143,10 @@ class Checkpoints:
             "pieces": pieces,
             **self.facts,
         }
-        manifest["sha256"] = _digest(manifest)
+        manifest["sha256"] = digest(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         for later in complete_checkpoints(self.folder):
             # A checkpoint of this step or a later one was damaged, or this run would have gone on from it: kept, out of
             # the way, or it would count as one of the newest and push whole ones out.
@@ -153,7 +155,7 @@ class Checkpoints:
         if final.exists():  # without a manifest
             final.rename(_free_name(self.folder / f"replaced-{final.name}"))
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         for old in self._beyond_retention():
             shutil.rmtree(old)
 
@@ -197,7 +199,7 @@ class Checkpoints:
         manifest = read_manifest(folder)
         shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
         check_same_model(shapes, _shapes_of(self.engine.module), folder)
-        reader = _PieceReader(folder, manifest)
+        reader = PieceReader(folder, manifest)
         for fragment, average in zip(self.held, self.ema.averages, strict=True):
             for kind, into in {"master": fragment.master, "ema": average, **fragment.states}.items():
                 reader.fill(kind, fragment.name, fragment.start, into)
@@ -240,7 +242,7 @@ def load_weights(checkpoint: Path, model: nn.Module, kind: str = "ema") -> int:
     manifest = read_manifest(checkpoint)
     shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
     check_same_model(shapes, {name: tuple(p.shape) for name, p in model.named_parameters()}, checkpoint)
-    reader = _PieceReader(checkpoint, manifest)
+    reader = PieceReader(checkpoint, manifest)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = torch.empty(parameter.numel())
@@ -256,43 +258,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a committed checkpoint.
-
-    Raises:
-        DamagedCheckpointError: it does not parse, has changed since it was written, or is of another format version.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        version, digest = manifest["format_version"], manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{MANIFEST}: {error!r}") from error
-    if digest != _digest(manifest):
-        raise DamagedCheckpointError(f"{MANIFEST} has another SHA-256 than when it was written")
-    if version != FORMAT_VERSION:
-        raise DamagedCheckpointError(f"{MANIFEST}: format_version {version}, this code reads {FORMAT_VERSION}")
-    return manifest
-
-
-def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
-    """Compares sizes and SHA-256 of every `shares`-th file with the manifest.
-
-    Raises:
-        DamagedCheckpointError: naming the first file that differs or is missing.
-    """
-    for entry in read_manifest(folder)["files"][share::shares]:
-        name = entry["name"]
-        if Path(name).name != name:
-            raise DamagedCheckpointError(f"{name!r} is no plain file name")
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpointError(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        if sha256_of(path) != entry["sha256"]:
-            raise DamagedCheckpointError(f"{name} has another SHA-256 than when it was written")
-
-
 def check_same_model(saved: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]], folder: Path) -> None:
     """Raises ConfigError naming the first parameter in which a checkpoint and a model differ."""
     for name in sorted(saved.keys() | built.keys()):
@@ -301,46 +266,6 @@ def check_same_model(saved: dict[str, tuple[int, ...]], built: dict[str, tuple[i
                 f"{folder} is a checkpoint of another model: {name} is {saved.get(name, 'absent')} there and "
                 f"{built.get(name, 'absent')} in this config; use its model settings or another run_dir"
             )
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _PieceReader:
-    """Reads any stretch of any flattened parameter from the pieces that ranks wrote."""
-
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self._pieces: dict[str, list[tuple[int, int, str]]] = {}
-        names = [entry["name"] for entry in manifest["files"]]
-        for file_name, pieces in zip(names, manifest["pieces"], strict=False):  # the ledger comes after the ranks
-            for name, start, stop in pieces:
-                self._pieces.setdefault(name, []).append((start, stop, file_name))
-        self._folder = folder
-        self._open: dict[str, Any] = {}
-
-    def fill(self, kind: str, name: str, start: int, into: Tensor) -> None:
-        """Copies elements [start, start + into.numel()) of `kind/name` into a flat tensor."""
-        stop, filled = start + into.numel(), 0
-        for first, last, file_name in self._pieces[name]:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                piece = self._file(file_name).get_slice(f"{kind}/{name}@{first}")
-                into[low - start : high - start].copy_(piece[low - first : high - first])
-                filled += high - low
-        if filled != into.numel():
-            raise DamagedCheckpointError(f"{kind}/{name}: {filled} of {into.numel()} elements from {start} are there")
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self._folder / name, framework="pt").__enter__()
-        return self._open[name]
-
-    def close(self) -> None:
-        for file in self._open.values():
-            file.__exit__(None, None, None)
 
 
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -353,14 +278,6 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return next((name for name, values in tensors.items() if not values.isfinite().all()), None)
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
 def _free_name(path: Path) -> Path:
     def names() -> Iterator[Path]:
         yield path
@@ -370,11 +287,3 @@ def _free_name(path: Path) -> Path:
             yield path.with_name(f"{path.name}-{number}")
 
     return next(name for name in names() if not name.exists())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

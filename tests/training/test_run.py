@@ -12,7 +12,7 @@ from sora_train.config.limits import POSITIVE, RANGES
 from sora_train.config.root import ConfigError, TrainConfig, build_config, known_keys, load_config, save_config
 from sora_train.data.schema import DatasetManifest, ShardEntry
 from sora_train.training import run
-from sora_train.training.checkpoint import FORMAT_VERSION, MANIFEST, _digest
+from sora_train.training.fragment_files import FORMAT_VERSION, MANIFEST, digest
 
 CHANNELS = {"in_channels": 96, "out_channels": 96}
 
@@ -40,7 +40,7 @@ def save_checkpoint_of(config: TrainConfig, step: int = 5) -> None:
     folder = Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": [], **run.facts(config)}
-    manifest["sha256"] = _digest(json.loads(json.dumps(manifest)))
+    manifest["sha256"] = digest(json.loads(json.dumps(manifest)))
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
