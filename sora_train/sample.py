@@ -22,7 +22,6 @@ from PIL import Image, ImageDraw
 
 from sora_train.config.command import fail
 from sora_train.config.model import TextKind
-from sora_train.config.parallel import Precision
 from sora_train.config.root import ConfigError, TrainConfig, build_config
 from sora_train.config.validation import SamplingConfig, Solver
 from sora_train.data.video_file import Frames, save_video
@@ -78,7 +77,7 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedRun:
     config = build_config(TrainConfig, read_manifest(checkpoint)["config"])
     model = VideoDiT(config.model)
     step = load_weights(checkpoint, model)
-    is_half = device.type == "cuda" and config.parallel.precision is Precision.bf16
+    is_half = device.type == "cuda" and config.parallel.precision.is_bf16
     dtype = torch.bfloat16 if is_half else torch.float32
     model = model.to(device, dtype).eval().requires_grad_(False)
     apply_core(model, config.parallel.attention, device, dtype)

@@ -8,6 +8,14 @@ from enum import Enum
 class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
+    # bf16, with the large matrix products of the blocks in float8 (pip install 'sora_train[fp8]'; Ada, Hopper or later).
+    # Only training: validation and samples compute in bf16. Without parallel.compile it is slower than bf16.
+    fp8 = "fp8"
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether weights, and what goes from layer to layer, are bf16."""
+        return self is not Precision.fp32
 
 
 class AttentionKind(Enum):

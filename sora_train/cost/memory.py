@@ -172,7 +172,7 @@ def states(parameters: int, parallel: ParallelConfig, world_size: int) -> dict[s
 
 
 def _element(precision: Precision) -> int:
-    return 2 if precision is Precision.bf16 else 4
+    return 2 if precision.is_bf16 else 4
 
 
 def block_bytes(config: ModelConfig, pack: PackSize, mode: Checkpointing, precision: Precision) -> int:
@@ -193,7 +193,7 @@ def block_bytes(config: ModelConfig, pack: PackSize, mode: Checkpointing, precis
     row, row_statistics, weights = 2 * b, 0, 0
     if config.cross_attention_norm:
         token, statistics = token + 4, statistics + 8
-        weights = 8 * width if precision is Precision.bf16 else 0  # float32 copies of the norm's
+        weights = 8 * width if precision.is_bf16 else 0  # float32 copies of the norm's
     if config.qk_norm:
         token, statistics = token + 24, statistics + 12
         row, row_statistics = row + 8, 4
@@ -222,12 +222,12 @@ def edge_bytes(config: ModelConfig, pack: PackSize, precision: Precision, is_rec
     sample = 4 * (config.frequency_width + (10 if is_recomputed else 4) * width)
     row = b * (text.width + 3 * width)
     total = pack.tokens * token
-    if precision is Precision.bf16:
+    if precision.is_bf16:
         total += 4 * 7 * width**2  # float32 copies of the time embedding's weights
     if text.kind is TextKind.bytes:
         row += 16 + text.layers * (text.width * (16 + 17 * b) + 4 * b + 8 + 4 * text.heads) + text.width * b + 2 * b
         sample += 4 * text.width
-        if precision is Precision.bf16:
+        if precision.is_bf16:
             total += 4 * text.width * width
     if image:
         # Between two norms with float32 input and statistics: what enters and leaves two layers, and GELU.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sora_train.config.optim import OptimConfig
-from sora_train.config.parallel import ParallelConfig, Precision
+from sora_train.config.parallel import ParallelConfig
 
 
 def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig) -> dict[str, 
         "gradient_clipping": optim.clip_norm,
         "zero_optimization": {"stage": parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": parallel.precision is Precision.bf16},
+        "bf16": {"enabled": parallel.precision.is_bf16},
     }
 
 

@@ -14,6 +14,7 @@ from sora_train.config.root import TrainConfig
 from sora_train.cost.memory import GIB, PackSize, block_modes, estimate
 from sora_train.distributed.activations import BlockRunner
 from sora_train.distributed.compilation import compile_blocks
+from sora_train.distributed.float8 import apply_float8
 from sora_train.distributed.offload import Offload
 from sora_train.distributed.topology import World
 from sora_train.models.attention import apply_core
@@ -47,6 +48,10 @@ def parallelize(
         log.info("attention: %s", reason)
     if pack is None:
         return
+    if config.precision is Precision.fp8:
+        apply_float8(model, world.device)
+        if is_heard and not config.compile:
+            log.warning("parallel.precision=fp8: slower than bf16 unless blocks are compiled: set parallel.compile=true")
     if config.compile:
         compile_blocks(model.blocks, world.device, backend="inductor")
     modes = block_modes(model.config, config, pack)
@@ -74,4 +79,4 @@ def check_memory(config: TrainConfig, world: World) -> None:
 
 def compute_dtype(config: ParallelConfig) -> torch.dtype:
     """What the weights of a model are computed with."""
-    return torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
+    return torch.bfloat16 if config.precision.is_bf16 else torch.float32

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sora_train.config.parallel import ParallelConfig, Precision
+from sora_train.config.parallel import ParallelConfig
 from sora_train.cost.flops import mfu, peak_flops
 from sora_train.data.pack import Pack
 from sora_train.data.shard_table import KINDS
@@ -57,8 +57,9 @@ class Metrics:
 
     def __init__(self, world: World, parallel: ParallelConfig) -> None:
         self.world = world
-        # MFU is against the dense bf16 peak; another precision has another peak, which is not guessed.
-        self.peak_flops = peak_flops(world.device_name) if parallel.precision is Precision.bf16 else 0.0
+        # MFU is against the dense bf16 peak, with fp8 too: what its faster products gain then shows. The peak of fp32
+        # is another, which is not guessed.
+        self.peak_flops = peak_flops(world.device_name) if parallel.precision.is_bf16 else 0.0
         self._restart()
 
     def _restart(self) -> None:

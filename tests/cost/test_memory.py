@@ -79,7 +79,7 @@ def measured(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", list(DTYPES))
 @pytest.mark.parametrize("mode", MODES)
 def test_activations_are_what_autograd_keeps(mode: Checkpointing, precision: Precision) -> None:
     for seed in range(20):
