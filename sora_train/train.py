@@ -14,7 +14,7 @@ from sora_train.cost.memory import largest_pack
 from sora_train.data.loader import build_loader
 from sora_train.distributed import runtime
 from sora_train.distributed.engine import accumulate, build_engine, gradient_norm, set_learning_rate
-from sora_train.distributed.parallelize import check_memory, parallelize
+from sora_train.distributed.parallelize import build_groups, check_memory, parallelize
 from sora_train.distributed.partitions import fragments
 from sora_train.encoders.video_codec import codec_shape
 from sora_train.models.video_dit import VideoDiT
@@ -38,6 +38,7 @@ def main(config: TrainConfig) -> None:
     world = runtime.start(config.threads)
     run_dir = run.open_run_dir(config, world)
     check_memory(config, world)
+    groups = build_groups(config, world)
 
     # build
     encoders = build_encoders(config, world)
@@ -57,11 +58,11 @@ def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     model = VideoDiT(config.model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    parallelize(model, config.parallel, world, largest_pack(config))
+    parallelize(model, config.parallel, world, groups, largest_pack(config))
     engine = build_engine(model, build_optimizer(model, config.optim, world.device), config.parallel, config.optim)
     held = fragments(engine)
     ema = Ema(held, config.ema)
-    validation = Validation(config, world, loader, encoders, shapes)
+    validation = Validation(config, world, loader, encoders, shapes, groups)
     checkpoints = Checkpoints(run_dir, config.checkpoint, world, engine=engine, held=held, ema=ema, facts=facts)
     state = checkpoints.load_latest()  # to resume, run the same command again
     tracker = Tracker(config, facts["config"], enabled=world.is_main, start_step=state.step)

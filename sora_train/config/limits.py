@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from sora_train.config.parallel import Checkpointing, ParallelConfig
+from sora_train.config.parallel import GROUP_SIZES, Checkpointing, ParallelConfig
 from sora_train.config.root import ConfigError, TrainConfig
 
 # From and including the first to and including the second, which may be open.
@@ -73,7 +73,9 @@ def check_limits(config: TrainConfig) -> None:
 
 
 def check_parallel(config: ParallelConfig) -> None:
-    """Raises ConfigError for settings that do nothing together."""
+    """Raises ConfigError for a size of groups that there is not, and for settings that do nothing together."""
+    if config.largest_group not in GROUP_SIZES:
+        raise ConfigError(f"parallel.largest_group={config.largest_group}: choose 1, 2, 4 or 8")
     has_budget = config.activation_memory_gib > 0
     if has_budget != (config.checkpointing is Checkpointing.budget):
         raise ConfigError(

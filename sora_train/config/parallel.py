@@ -1,5 +1,5 @@
-"""Settings of the engine: how parameters are partitioned, in which precision, on which attention kernel, and how
-activations are kept from the forward to the backward pass."""
+"""Settings of the engine: how parameters are partitioned, in which precision, on which attention kernel, which ranks
+share clips, and how activations are kept from the forward to the backward pass."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +26,10 @@ class AttentionKind(Enum):
     flash = "flash"  # the flash-attn package, CUDA
 
 
+# Ranks of a sequence group.
+GROUP_SIZES = (1, 2, 4, 8)
+
+
 class Checkpointing(Enum):
     """What the backward pass computes again instead of finding it in memory. Bytes are those a block of Wan 2.1 1.3B
     keeps in bf16 for a token and channel (cost/memory.py counts them for any)."""
@@ -46,6 +50,12 @@ class ParallelConfig:
     zero_stage: int = 1
     precision: Precision = Precision.bf16
     attention: AttentionKind = AttentionKind.auto
+    # So many neighbouring ranks may share a clip that outweighs one of them: 1 (none), 2, 4 or 8. The model's heads
+    # are divided among them.
+    largest_group: int = 8
+    # Whether ranks may be grouped differently in each micro-step of a step, or only from step to step. None: they may,
+    # but under ZeRO-3 on CUDA, where parameters are fetched ahead while groups exchange tokens.
+    regroup_within_step: bool | None = None
     checkpointing: Checkpointing = Checkpointing.none
     # GiB a rank may fill with activations, for checkpointing=budget.
     activation_memory_gib: float = 0.0
@@ -54,3 +64,16 @@ class ParallelConfig:
     # torch.compile of the blocks: once for all lengths of packs. Without a compiler, blocks run as they are, and a line
     # says so. On CUDA compiled code sums some gradients in no fixed order: a resumed run is then close, not bitwise.
     compile: bool = False
+
+
+def group_size(largest_group: int, world_size: int, heads: int) -> int:
+    """Ranks of the largest sequence group: at most `largest_group`, no more than there are, and dividing the heads."""
+    most = min(largest_group, world_size)
+    return max(size for size in GROUP_SIZES if size == 1 or (size <= most and heads % size == 0))
+
+
+def regroups(config: ParallelConfig, on_cuda: bool) -> bool:
+    """Whether sequence groups may change from one micro-step of a step to the next."""
+    if config.regroup_within_step is not None:
+        return config.regroup_within_step
+    return config.zero_stage < 3 or not on_cuda

@@ -32,19 +32,21 @@ def is_expensive(operation: Any, arguments: tuple[Any, ...]) -> bool:
 
     Attention of any kernel that is an operator of torch's (its cost is quadratic), and matrix products that do not
     widen: each kept number saves at least as many multiplications as a row is wide. Those that widen are the MLP's
-    first: the largest activation of a block, and the cheapest to make again for its size.
+    first: the largest activation of a block, and the cheapest to make again for its size. What came from other ranks is
+    not sent again.
     """
     if operation in (aten.mm.default, aten.addmm.default):
         rows, weight = arguments[-2:]
         return bool(weight.shape[1] <= rows.shape[1])
-    return is_attention(operation)
+    return is_attention_or_exchange(operation)
 
 
 @functools.cache
-def is_attention(operation: Any) -> bool:
-    """By name, since every kernel brings its own: aten's SDPA, torch's varlen, flash-attn's."""
+def is_attention_or_exchange(operation: Any) -> bool:
+    """By name, since every kernel brings its own: aten's SDPA, torch's varlen, flash-attn's; and our exchange."""
     name = str(operation).lower()
-    return ("attention" in name or "attn" in name) and "backward" not in name
+    is_attention = ("attention" in name or "attn" in name) and "backward" not in name
+    return is_attention or name == "sora_train.exchange.default"
 
 
 class _Keep(TorchDispatchMode):

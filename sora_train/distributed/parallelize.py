@@ -1,4 +1,5 @@
-"""Applies to a model, from outside, all that depends on the machine: the attention kernel, compilation, recomputation.
+"""Applies to a model, from outside, all that depends on the machine: the attention kernel, the ranks that share its
+work, compilation, recomputation.
 
 The model knows nothing of ranks or devices; the order here is the order of application.
 """
@@ -9,25 +10,33 @@ from collections import Counter
 import torch
 
 from sora_train.config.limits import check_parallel
-from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
+from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision, group_size
 from sora_train.config.root import TrainConfig
 from sora_train.cost.memory import GIB, PackSize, block_modes, estimate
 from sora_train.distributed.activations import BlockRunner
 from sora_train.distributed.compilation import compile_blocks
 from sora_train.distributed.float8 import apply_float8
 from sora_train.distributed.offload import Offload
+from sora_train.distributed.sequence_parallel import SequenceGroups, Ulysses
 from sora_train.distributed.topology import World
-from sora_train.models.attention import apply_core
+from sora_train.models.attention import Attention, apply_core
 from sora_train.models.video_dit import VideoDiT
 
 log = logging.getLogger(__name__)
 
 
 def parallelize(
-    model: VideoDiT, config: ParallelConfig, world: World, pack: PackSize | None = None, *, is_quiet: bool = False
+    model: VideoDiT,
+    config: ParallelConfig,
+    world: World,
+    groups: SequenceGroups,
+    pack: PackSize | None = None,
+    *,
+    is_quiet: bool = False,
 ) -> None:
-    """1. every `Attention.core` becomes the configured kernel; and of a model that is trained, 2. blocks are compiled,
-    3. they compute activations again in the backward pass, or keep them on the host, as configured.
+    """1. every `Attention.core` becomes the configured kernel, 2. which goes over ranks where packs share clips; and of
+    a model that is trained, 3. blocks are compiled, 4. they compute activations again in the backward pass, or keep
+    them on the host, as configured.
 
     One line each says what runs and why, unless `is_quiet`.
 
@@ -35,6 +44,7 @@ def parallelize(
         model: on any device.
         config: what is wanted.
         world: this rank and its device.
+        groups: of ranks that may share clips.
         pack: the largest that the model is trained on; None: it is not trained.
         is_quiet: say nothing.
 
@@ -46,6 +56,10 @@ def parallelize(
     is_heard = world.is_main and not is_quiet
     if is_heard:
         log.info("attention: %s", reason)
+    if groups.largest > 1:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.core = Ulysses(module.core, groups)
     if pack is None:
         return
     if config.precision is Precision.fp8:
@@ -61,6 +75,26 @@ def parallelize(
         if is_heard:
             counts = ", ".join(f"{mode.value} of {count} blocks" for mode, count in Counter(modes).items())
             log.info("checkpointing: %s%s", counts, ", kept on the host" if offload else "")
+
+
+def build_groups(config: TrainConfig, world: World) -> SequenceGroups:
+    """The groups that ranks may share clips in, and one line of how large they are. Every rank must call it."""
+    asked, heads = config.parallel.largest_group, config.model.heads
+    size = group_size(asked, world.world_size, heads)
+    if world.is_main and world.world_size > 1:
+        log.info("%s", groups_line(asked, world.world_size, heads))
+    return SequenceGroups.build(world, size)
+
+
+def groups_line(asked: int, world_size: int, heads: int) -> str:
+    """What bounds the groups, for people."""
+    size, of_world = group_size(asked, world_size, heads), group_size(asked, world_size, asked)
+    line = f"sequence groups: up to {size} ranks" if size > 1 else "sequence groups: none"
+    if size < of_world:
+        line += f" (parallel.largest_group={asked}, but model.heads={heads} divide by {size} only)"
+    elif size < asked:
+        line += f" (parallel.largest_group={asked}, but there are {world_size} ranks)"
+    return line
 
 
 def check_memory(config: TrainConfig, world: World) -> None:

@@ -1,5 +1,6 @@
 """Where the documents of a pack begin, for kernels and loops alike."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +23,41 @@ class SharedClips:
     first_rank: int  # of the group in the world
     group_rank: int  # this rank's place in the group
 
+    def __post_init__(self) -> None:
+        if len(self.shares) < 2 or min(self.shares) < 0 or sum(self.shares) != sum(self.of_all.lengths):
+            raise ValueError(
+                f"shares of {self.shares} do not divide {sum(self.of_all.lengths)} tokens of shared clips among ranks"
+            )
+
+    @staticmethod
+    def build(
+        lengths: Sequence[int],
+        shares: Sequence[int],
+        first_rank: int,
+        group_rank: int,
+        device: torch.device | str = "cpu",
+    ) -> "SharedClips":
+        """Of clips of so many tokens. Raises ValueError for shares that do not sum to them."""
+        of_all = PackLayout.build(lengths, [1] * len(lengths), device)
+        return SharedClips(of_all, tuple(shares), first_rank, group_rank)
+
     @property
     def num_tokens(self) -> int:
         """On this rank."""
         return self.shares[self.group_rank]
+
+    @property
+    def parts(self) -> list[tuple[int, range]]:
+        """The clips of which this rank holds tokens, and which of each clip's they are."""
+        start = sum(self.shares[: self.group_rank])
+        stop = start + self.num_tokens
+        found, begin = [], 0
+        for clip, length in enumerate(self.of_all.lengths):
+            held = range(max(start - begin, 0), min(stop - begin, length))
+            if held:
+                found.append((clip, held))
+            begin += length
+        return found
 
 
 @dataclass(frozen=True)
@@ -90,6 +122,31 @@ class PackLayout:
         if self.cu_image is None or self.sample_I is None:
             raise ValueError("the pack has no image rows")
         return replace(self, text_lengths=self.image_lengths, cu_text=self.cu_image, sample_M=self.sample_I)
+
+    @functools.cached_property
+    def of_whole(self) -> "PackLayout | None":
+        """The layout for self-attention among the documents that sit whole on this rank; None: there are none.
+
+        Raises:
+            ValueError: the last documents are not this rank's parts of the shared clips.
+        """
+        if self.shared is None:
+            return self
+        parts = tuple(len(held) for _, held in self.shared.parts)
+        count = self.num_samples - len(parts)
+        if count < 0 or self.lengths[count:] != parts:
+            raise ValueError(f"a pack of {self.lengths} tokens does not end in its parts {parts} of shared clips")
+        if not count:
+            return None
+        tokens, rows = sum(self.lengths[:count]), sum(self.text_lengths[:count])
+        return PackLayout(
+            self.lengths[:count],
+            self.text_lengths[:count],
+            self.cu_seqlens[: count + 1],
+            self.cu_text[: count + 1],
+            self.sample_L[:tokens],
+            self.sample_M[:rows],
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackLayout":
         """The same layout with its tensors on a device."""

@@ -15,6 +15,7 @@ from sora_train.data.loader import Loader
 from sora_train.data.video_file import save_video
 from sora_train.distributed.collectives import gather_facts, sum_over_ranks
 from sora_train.distributed.parallelize import compute_dtype, parallelize
+from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import World
 from sora_train.generation import Request, generate
 from sora_train.models.video_dit import VideoDiT
@@ -27,10 +28,17 @@ class Validation:
     """Held-out loss and samples at chosen steps."""
 
     def __init__(
-        self, config: TrainConfig, world: World, loader: Loader, encoders: Encoders, shapes: dict[str, Any]
+        self,
+        config: TrainConfig,
+        world: World,
+        loader: Loader,
+        encoders: Encoders,
+        shapes: dict[str, Any],
+        groups: SequenceGroups,
     ) -> None:
         """`shapes` of the trained parameters, the same on all ranks."""
         self.config, self.world, self.loader, self.encoders, self.shapes = config, world, loader, encoders, shapes
+        self.groups = groups
         self.requests = validation_requests(config)
 
     @torch.no_grad()
@@ -40,7 +48,7 @@ class Validation:
         load_named(model, ema.gather(self.shapes))
         # In the precision of training: the kernels that `parallelize` chooses are for it.
         model = model.to(self.world.device, compute_dtype(self.config.parallel)).eval()
-        parallelize(model, self.config.parallel, self.world, is_quiet=True)
+        parallelize(model, self.config.parallel, self.world, self.groups, is_quiet=True)
         values = self._held_out_loss(model)
         folder = Path(self.config.run_dir) / "samples" / f"step-{step:08d}"
         videos = {prompt: path for part in gather_facts(self._sample(model, folder)) for prompt, path in part.items()}

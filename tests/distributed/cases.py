@@ -25,6 +25,7 @@ from sora_train.distributed.collectives import barrier, gather_facts
 from sora_train.distributed.engine import accumulate, build_engine, set_learning_rate
 from sora_train.distributed.parallelize import parallelize
 from sora_train.distributed.partitions import fragments
+from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import World
 from sora_train.models.pack_layout import PackLayout
 from sora_train.models.video_dit import VideoDiT
@@ -243,7 +244,7 @@ def keeps_activations_in_any_way(world: World, folder: Path, stage: int, precisi
         parallel = ParallelConfig(
             zero_stage=stage, precision=precision, checkpointing=mode, offload_activations=is_offloaded
         )
-        parallelize(model, parallel, world, pack, is_quiet=True)
+        parallelize(model, parallel, world, SequenceGroups({}), pack, is_quiet=True)
         if isinstance(model.run_block, BlockRunner) and model.run_block.offload:
             model.run_block.offload.min_bytes = 0
         engine = build_engine(model, build_optimizer(model, OPTIM, world.device), parallel, OPTIM)

@@ -21,12 +21,14 @@ from sora_train.distributed.activations import BlockRunner
 from sora_train.distributed.compilation import compile_blocks
 from sora_train.distributed.offload import Away, Offload
 from sora_train.distributed.parallelize import parallelize
+from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import read_world
 from sora_train.models.attention_cores import masked_sdpa
 from sora_train.models.pack_layout import PackLayout
 from sora_train.models.video_dit import VideoDiT, call_block
 
 CPU = torch.device("cpu")
+WORLD, NO_GROUPS = read_world({}), SequenceGroups({})
 # Wan's shape (1.3B: 1536 wide, MLP of 8960, 12 heads, 30 blocks), a sixteenth as wide.
 WAN = ModelConfig(
     width=96, depth=4, heads=4, mlp_width=560, in_channels=4, out_channels=4,
@@ -176,14 +178,14 @@ def test_a_budget_takes_the_cheapest_blocks_that_fit() -> None:
         config = ParallelConfig(
             precision=Precision.fp32, checkpointing=Checkpointing.budget, activation_memory_gib=needs[mode] / GIB
         )
-        parallelize(model, config, read_world({}), pack, is_quiet=True)
+        parallelize(model, config, WORLD, NO_GROUPS, pack, is_quiet=True)
         chosen = [Checkpointing.none] * WAN.depth
         if isinstance(model.run_block, BlockRunner):
             chosen = [model.run_block.modes[block] for block in model.blocks]
         assert chosen == list(modes[mode]) or mode is Checkpointing.block
         assert gradients(model, inputs_of(LENGTHS, TEXT))[2] <= needs[mode]
     with pytest.raises(ConfigError, match=r"activation_memory_gib=1e-05 does not hold a pack of 291 tokens"):
-        parallelize(model_of(WAN), replace(config, activation_memory_gib=1e-5), read_world({}), pack, is_quiet=True)
+        parallelize(model_of(WAN), replace(config, activation_memory_gib=1e-5), WORLD, NO_GROUPS, pack, is_quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +198,13 @@ def test_a_budget_takes_the_cheapest_blocks_that_fit() -> None:
 )
 def test_settings_that_do_nothing_together_are_refused(settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        parallelize(model_of(WAN), ParallelConfig(**settings), read_world({}), PackSize(8, 1, 1))
+        parallelize(model_of(WAN), ParallelConfig(**settings), WORLD, NO_GROUPS, PackSize(8, 1, 1))
 
 
 def test_a_model_that_is_not_trained_gets_a_kernel_only() -> None:
     model = model_of(WAN)
     config = ParallelConfig(checkpointing=Checkpointing.block, attention=AttentionKind.masked, compile=True)
-    parallelize(model, config, read_world({}), is_quiet=True)
+    parallelize(model, config, WORLD, NO_GROUPS, is_quiet=True)
     assert model.run_block is call_block
     assert model.blocks[0].attn1.core is masked_sdpa
 
@@ -274,7 +276,7 @@ def test_without_a_compiler_blocks_run_as_they_are_and_a_line_says_so(caplog) ->
     plain, model = model_of(SMALL), model_of(SMALL)
     with caplog.at_level(logging.WARNING), inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
         config = ParallelConfig(compile=True, precision=Precision.fp32)
-        parallelize(model, config, read_world({}), PackSize(8, 1, 1), is_quiet=True)
+        parallelize(model, config, WORLD, NO_GROUPS, PackSize(8, 1, 1), is_quiet=True)
     (line,) = [record.message for record in caplog.records]
     assert line.startswith("parallel.compile: blocks run as they are, not compiled: ")
     assert "no-such-compiler" in line

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sora_train.config.root import TrainConfig, build_config
+from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import World
 from sora_train.models.video_dit import VideoDiT
 from sora_train.training import validation
@@ -31,7 +32,7 @@ def test_weights_are_in_the_precision_that_the_attention_kernel_was_chosen_for(
     loader: Any = SimpleNamespace(validation_packs=lambda clips: [])
     ema: Any = SimpleNamespace(gather=lambda shapes: average)
     tracker = Tracker(config, {}, enabled=True, start_step=0)
-    validation.Validation(config, WORLD, loader, encoders, {}).run(ema, tracker, 3)
+    validation.Validation(config, WORLD, loader, encoders, {}, SequenceGroups({})).run(ema, tracker, 3)
     tracker.close()
     assert {parameter.dtype for parameter in seen[0].parameters()} == {dtype}
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3}]
