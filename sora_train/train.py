@@ -21,6 +21,7 @@ from sora_train.models.video_dit import VideoDiT
 from sora_train.training import run
 from sora_train.training.checkpoint import Checkpoints, TrainState
 from sora_train.training.ema import Ema
+from sora_train.training.initial_weights import load_initial
 from sora_train.training.metrics import Metrics
 from sora_train.training.optim import build_optimizer
 from sora_train.training.quarantine import Quarantine
@@ -65,6 +66,7 @@ def main(config: TrainConfig) -> None:
     validation = Validation(config, world, loader, encoders, shapes, groups)
     checkpoints = Checkpoints(run_dir, config.checkpoint, world, engine=engine, held=held, ema=ema, facts=facts)
     state = checkpoints.load_latest()  # to resume, run the same command again
+    load_initial(config.init, engine, held, ema, state, world)  # open weights, where a new run starts from such
     tracker = Tracker(config, facts["config"], enabled=world.is_main, start_step=state.step)
     metrics = Metrics(world, config.parallel)
     stop = AgreedStop()

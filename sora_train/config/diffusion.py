@@ -30,6 +30,10 @@ class TimestepConfig:
     shift: float = 1.0
     # With a value, the shift of a sample is shift * sqrt(tokens / shift_base_tokens): bigger clips, more noise.
     shift_base_tokens: int | None = None
+    # Only t from low to high is drawn, after the shift: the distribution as it is there. One of Wan 2.2 A14B's two
+    # experts has its own part of t.
+    low: float = 0.0
+    high: float = 1.0
 
 
 @dataclass(frozen=True)

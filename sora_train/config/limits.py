@@ -24,6 +24,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "model.text.max_bytes": (1, None),
     "text_encoder.max_tokens": (1, None),
     "diffusion.timesteps.std": (0, None),
+    "diffusion.timesteps.low": (0, 1),
+    "diffusion.timesteps.high": (0, 1),
     "data.tokens_per_step": (1, None),
     "data.max_tokens_per_pack": (1, None),
     "data.held_out_fraction": (0, 1),
@@ -69,6 +71,9 @@ def check_limits(config: TrainConfig) -> None:
     for key in POSITIVE:
         if not _value(config, key) > 0:
             raise ConfigError(f"{key}={_value(config, key)}: choose more than 0")
+    timesteps = config.diffusion.timesteps
+    if timesteps.low >= timesteps.high:
+        raise ConfigError(f"diffusion.timesteps.low={timesteps.low} is not below high={timesteps.high}: change one")
     check_parallel(config.parallel)
 
 

@@ -16,6 +16,7 @@ from sora_train.config.checkpoint import CheckpointConfig
 from sora_train.config.data import DataConfig
 from sora_train.config.diffusion import DiffusionConfig
 from sora_train.config.encoders import CodecConfig, TextEncoderConfig
+from sora_train.config.initial import InitConfig
 from sora_train.config.model import ModelConfig
 from sora_train.config.optim import EmaConfig, OptimConfig
 from sora_train.config.parallel import ParallelConfig
@@ -43,6 +44,7 @@ class TrainConfig:
     # Settings (or whole sections) that a resumed run may have changed, by name; see training/run.py.
     allow_changes: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

@@ -25,6 +25,7 @@ from sora_train.encoders.video_codec import codec_shape
 from sora_train.generation import check_sizes
 from sora_train.models.video_dit import check_model
 from sora_train.training.checkpoint import DamagedCheckpointError, complete_checkpoints, read_manifest
+from sora_train.training.initial_weights import check_initial
 from sora_train.training.quarantine import restore_ledger
 from sora_train.training.validation import validation_requests
 
@@ -99,6 +100,8 @@ def check(config: TrainConfig) -> dict[str, Any]:
     """
     check_limits(config)
     check_model(config.model)
+    if not complete_checkpoints(Path(config.run_dir) / "checkpoints"):  # a run that goes on has its own
+        check_initial(config.init, config.model, config.diffusion.timesteps)
     channels = codec_shape(config.codec).channels
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != channels:

@@ -59,7 +59,7 @@ def test_every_root_composes(root: str) -> None:
 @pytest.mark.parametrize(("root", "choice"), CHOICES)
 def test_every_choice_composes(root: str, choice: str) -> None:
     schema, needed = ROOTS[root]
-    check_arguments([*needed, choice, "codec.path=x"], schema, root)
+    check_arguments([*needed, choice, "codec.path=x", "init.weights=x"], schema, root)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1080, 1920), (1920, 1080), (1000, 1000), (720, 1700)])

@@ -29,4 +29,5 @@ def test_ranks_fill_what_they_hold(randomized, tmp_path):
     results = json.loads(out.read_text())
     assert [result["stage"] for result in results] == [0, 1, 2, 3]
     assert not any(result["wrong"] for result in results), results
+    assert all(result["untouched"] and result["steps"] == 0 for result in results), results
     assert [result["share"] < 0.6 for result in results] == [False, True, True, True], results
