@@ -6,6 +6,8 @@ compiled anew for each layout. The pieces see tensors only, all of whose sizes a
 habits of the compiler would still give a size its own version, and are kept away from it: it takes two sizes that are
 equal in the first pack for one, and it treats a size of 1 apart. So the modulation of a pack with one sample gets a
 second row that nobody reads, and a pack of one token (a rank without work) or with one text row runs as it is.
+
+So each piece is compiled once a run; twice where packs come in two forms, with a t a clip and with a t a token.
 """
 
 import logging
@@ -13,8 +15,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.fx.experimental import _config
+from torch.fx.experimental import _config  # torch's own messages name this setting; it has no public one
 
 from sora_train.models.attention import Attention
 from sora_train.models.layers import Block
@@ -22,16 +25,21 @@ from sora_train.models.layers import Block
 log = logging.getLogger(__name__)
 
 
-def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, backend: str | Callable[..., Any]) -> None:
+def compile_blocks(
+    blocks: Iterable[nn.Module], device: torch.device, backend: str | Callable[..., Any]
+) -> "CompiledForward | None":
     """Replaces what each block runs. Where nothing can be compiled, one warning says why, and blocks run as they are.
 
     Forward passes without gradients (validation) are not compiled.
+
+    Returns:
+        What was compiled, for `CompiledForward.or_as_it_is`; None: nothing.
     """
     try:
         _try_compiler(device, backend)
-    except _compiler_error() as error:
+    except RuntimeError as error:  # a line of torch's own: whatever stops it is the compiler
         _warn(error)
-        return
+        return None
     compiled = CompiledForward(backend)
     for block in blocks:
         assert isinstance(block, Block)
@@ -39,6 +47,7 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device, backend: s
             if isinstance(module, Attention):
                 module.core = torch.compiler.disable(module.core)
         block.forward = compiled.of(block)  # type: ignore[method-assign]
+    return compiled
 
 
 class CompiledForward:
@@ -59,28 +68,38 @@ class CompiledForward:
             if modulation_R6D.shape[0] == 1:
                 # A view of rows, as it was: the compiler tells views from tensors of their own.
                 modulation_R6D = modulation_R6D.flatten(1).expand(2, -1).contiguous().unflatten(1, (6, -1))
-            try:
-                with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                    return self._forward(block, tokens_LD, text_MD, modulation_R6D, *others)
-            except _compiler_error() as error:
-                self._has_failed = True
-                _warn(error)
-                return Block.forward(block, tokens_LD, text_MD, modulation_R6D, *others)
+            with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return self._forward(block, tokens_LD, text_MD, modulation_R6D, *others)
 
         return forward
 
+    def or_as_it_is(self, run_block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`run_block`, and where it fails compiled, the same on the block as it is: one warning says why, and nothing
+        is compiled from then on. A block that fails either way raises its own error.
+
+        Around everything that keeps activations: what a run that failed halfway had kept, goes with it.
+        """
+
+        def run(block: nn.Module, *inputs: Any) -> Tensor:
+            try:
+                return run_block(block, *inputs)
+            except (torch.OutOfMemoryError, dist.DistError):  # the block's own, and no rank repeats a collective alone
+                raise
+            except RuntimeError as error:
+                if self._has_failed:
+                    raise
+                self._has_failed, reason = True, error
+            out = run_block(block, *inputs)
+            _warn(reason)
+            return out
+
+        return run
+
 
 def _try_compiler(device: torch.device, backend: str | Callable[..., Any]) -> None:
-    """Compiles a function of one line, forward and backward. Raises TorchDynamoException when that cannot be done."""
+    """Compiles a function of one line, forward and backward. Raises RuntimeError when that cannot be done."""
     rows = torch.ones(4, device=device, requires_grad=True)
     torch.compile(lambda values: (values * 2).sin().sum(), backend=backend)(rows).backward()
-
-
-def _compiler_error() -> type[Exception]:
-    # Imported when it is needed: with it comes the whole compiler, in seconds, which sets variables of the environment.
-    from torch._dynamo.exc import TorchDynamoException
-
-    return TorchDynamoException
 
 
 def _warn(error: Exception) -> None:

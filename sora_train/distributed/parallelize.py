@@ -65,9 +65,8 @@ def parallelize(
     if config.precision is Precision.fp8:
         apply_float8(model, world.device)
         if is_heard and not config.compile:
-            log.warning("parallel.precision=fp8: slower than bf16 unless blocks are compiled: set parallel.compile=true")
-    if config.compile:
-        compile_blocks(model.blocks, world.device, backend="inductor")
+            log.warning("parallel.precision=fp8 is slower than bf16 unless compiled: set parallel.compile=true")
+    compiled = compile_blocks(model.blocks, world.device, backend="inductor") if config.compile else None
     modes = block_modes(model.config, config, pack)
     if set(modes) != {Checkpointing.none}:
         offload = Offload(world.device) if config.offload_activations else None
@@ -75,6 +74,8 @@ def parallelize(
         if is_heard:
             counts = ", ".join(f"{mode.value} of {count} blocks" for mode, count in Counter(modes).items())
             log.info("checkpointing: %s%s", counts, ", kept on the host" if offload else "")
+    if compiled is not None:
+        model.run_block = compiled.or_as_it_is(model.run_block)
 
 
 def build_groups(config: TrainConfig, world: World) -> SequenceGroups:
