@@ -9,6 +9,7 @@ To resume, run the same command again. `launch.submit` starts this on one machin
 import torch
 
 from sora_train.config.command import hydra_app
+from sora_train.config.parallel import regroups
 from sora_train.config.root import TrainConfig
 from sora_train.cost.memory import largest_pack
 from sora_train.data.loader import build_loader
@@ -52,6 +53,8 @@ def main(config: TrainConfig) -> None:
         config.seed,
         world.global_rank,
         world.world_size,
+        largest_group=config.parallel.largest_group,
+        regroups_within_step=regroups(config.parallel, world.device.type == "cuda"),
         masked=quarantine.masked,
         codec_identity=encoders.codec.identity,
         text_identity=encoders.text_identity,
@@ -78,7 +81,8 @@ def main(config: TrainConfig) -> None:
 
         # one optimizer step
         for pack in metrics.timed(loader.packs(state.step)):  # the same number on every rank
-            pack_loss = diffusion_loss(engine, pack.to(world.device), encoders, config.model, config.diffusion)
+            pack = pack.to(world.device)
+            pack_loss = diffusion_loss(engine, pack, encoders, config.model, config.diffusion, groups)
             accumulate(engine, pack_loss.loss, is_last=pack.is_last)  # boundary and scaling live there
             metrics.add(pack_loss)  # stays on the device
             quarantine.add(state.step, pack.failures)

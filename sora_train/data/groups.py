@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sora_train.config.parallel import group_size
 from sora_train.cost.step_cost import StepCost
 from sora_train.data.sharing import Block, Clips, Group, Layout
 
@@ -43,11 +44,12 @@ class PackLimits:
     max_tokens_per_pack: int  # on one rank
     largest_group: int = 1  # ranks that may share a clip: 1, 2, 4 or 8
     heads: int = 1  # of the model: a group divides them evenly
+    # Whether the ranks of a step are grouped anew in each of its micro-steps; else in all of them by the same size.
+    regroups_within_step: bool = True
 
     def group_size(self, world_size: int) -> int:
         """Ranks of the largest group in a world of this size."""
-        most = min(self.largest_group, world_size)
-        return max(size for size in (1, 2, 4, 8) if size == 1 or (size <= most and self.heads % size == 0))
+        return group_size(self.largest_group, world_size, self.heads)
 
 
 class _Outline(NamedTuple):
@@ -124,17 +126,40 @@ def plan_groups(
         [0, *np.cumsum(sorted_tokens).tolist()],
         [0.0, *np.cumsum(sorted_cost).tolist()],
     )
-    planner = _Planner(clips, world_size, limits, cost)
-    filling = planner.plan()
+    room, size = limits.max_tokens_per_pack, limits.group_size(world_size)
+    if limits.regroups_within_step:
+        planner = _Planner(clips, world_size, room, size, cost)
+        filling = planner.plan()
+    else:
+        planner, filling = _of_one_size(clips, world_size, room, size, cost)
     return StepGroups(planner.layout, order.tolist(), filling.units, filling.heights)
 
 
+def _of_one_size(
+    clips: Clips, world_size: int, room: int, largest: int, cost: StepCost
+) -> "tuple[_Planner, _Filling]":
+    """Groups of one size in all micro-steps, whichever size takes the least time; of like times the smallest size."""
+    best: tuple[float, _Planner, _Filling] | None = None
+    size = 1
+    while size <= largest:
+        planner = _Planner(clips, world_size, room, size, cost, keeps_blocks=True)
+        if max(clips.tokens, default=0) <= room * size:
+            filling = planner.plan() if size == 1 else planner.level_plan()
+            time = planner.time(filling)
+            if best is None or time < best[0] * (1 - WASTE):
+                best = time, planner, filling
+        size *= 2
+    assert best is not None, "no clip is over what the largest group holds"
+    return best[1:]
+
+
 class _Planner:
-    def __init__(self, clips: Clips, world_size: int, limits: PackLimits, cost: StepCost) -> None:
+    def __init__(
+        self, clips: Clips, world_size: int, room: int, group_size: int, cost: StepCost, keeps_blocks: bool = False
+    ) -> None:
         self.clips, self.world_size, self.cost = clips, world_size, cost
-        self.room = limits.max_tokens_per_pack
-        self.group_size = limits.group_size(world_size)
-        self.layout = Layout(clips, self.room, cost)
+        self.room, self.group_size = room, group_size
+        self.layout = Layout(clips, room, cost, keeps_blocks)
         self.cheapness = [-c for c in clips.cost]  # in ascending order, for bisection
 
     def plan(self) -> _Filling:
@@ -153,10 +178,22 @@ class _Planner:
             if fillings:
                 if len(fillings) == 1:
                     return fillings[0]
-                return min(fillings, key=self._time if is_few else lambda filling: sum(filling.heights))
+                return min(fillings, key=self.time if is_few else lambda filling: sum(filling.heights))
             micro_steps += 1
 
-    def _time(self, filling: _Filling) -> float:
+    def level_plan(self) -> _Filling:
+        """All clips in level micro-steps, in blocks of the group's size alone."""
+        clips, world = self.clips, self.world_size
+        micro_steps = max(1, -(-clips.tokens_before[-1] // (world * self.room)))
+        while True:
+            height = max(clips.cost_before[-1] / (micro_steps * world), max(clips.cost, default=0) / self.group_size)
+            order = range(len(clips.cost))
+            filled = self._fill_level(order, self.group_size, height, height * EXPECTED_SHARED, 0, micro_steps)
+            if filled is not None:
+                return _Filling(*filled)
+            micro_steps += 1
+
+    def time(self, filling: _Filling) -> float:
         """Sum of the heights, once laid out."""
         cost = self.clips.cost
         heights = [0.0] * len(filling.heights)

@@ -24,7 +24,7 @@ from sora_train.data.index import Dataset
 from sora_train.data.order import GlobalBatch, Order, PlannedSample, open_datasets
 from sora_train.data.pack import Assembly, Failure, Pack
 from sora_train.data.packing import PackLimits, PackPlan, assign
-from sora_train.data.sample import Facts, SampleError, SampleReader, Source, Task, Unwatched, places_of
+from sora_train.data.sample import Facts, SampleError, SampleReader, Source, Task, Unwatched
 from sora_train.data.shard_cache import ShardCache
 from sora_train.data.stages import build_stages
 from sora_train.data.stream import Job, Lost, Pool
@@ -47,6 +47,8 @@ def build_loader(
     global_rank: int,
     world_size: int,
     *,
+    largest_group: int = 1,
+    regroups_within_step: bool = True,
     masked: Masked | None = None,
     codec_identity: str | None = None,
     text_identity: str | None = None,
@@ -54,14 +56,16 @@ def build_loader(
     """Starts the decoding processes, opens the data sets and checks every clip against the sizes.
 
     Args:
+        largest_group: neighbouring ranks that may share a clip, at most.
+        regroups_within_step: see `PackLimits`.
         masked: clips that failed when a step was first done, as the ledger tells them; they fail again unread, and
             are not told of again.
         codec_identity: of the run's codec; needed where shards hold latents.
         text_identity: of the run's text encoder; needed where shards hold its rows.
 
     Raises:
-        ConfigError: see `Order`; latents or text rows made by another encoder than the run's; or settings of the
-            loader that cannot work.
+        ConfigError: see `Order`; a clip that no group of ranks can hold, by name; latents or text rows made by another
+            encoder than the run's; or settings of the loader that cannot work.
     """
     check_settings(config)
     # While the data sets are opened, the children load what they need.
@@ -71,7 +75,9 @@ def build_loader(
         for name, dataset in datasets.items():
             _check_encoders(name, dataset, model, codec_identity, text_identity)
         order = Order(datasets, config, model, codec, seed)
-        order.refuse_over(config.max_tokens_per_pack, "data.max_tokens_per_pack")
+        limits = PackLimits(config.max_tokens_per_pack, largest_group, model.heads, regroups_within_step)
+        # Held-out clips as well.
+        order.refuse_over(limits.max_tokens_per_pack, "data.max_tokens_per_pack", limits.group_size(world_size))
         cache = ShardCache(cache_folder(config.cache_dir) / "shards", int(config.cache_gib * GIB))
         reader = SampleReader(
             tuple(Source(item.files, item.folder, item.manifest.caption_fields) for item in order.datasets),
@@ -85,7 +91,7 @@ def build_loader(
         assembly = Assembly(timesteps, seed, order.stride, codec.channels, patch)
         if pool is not None:
             pool.open(reader, expects_scaling=any(not item.manifest.encoders for item in order.datasets))
-        return Loader(order, reader, assembly, pool, config, global_rank, world_size, masked or {})
+        return Loader(order, reader, assembly, pool, config, limits, global_rank, world_size, masked or {})
     except BaseException:
         if pool is not None:
             pool.close()
@@ -102,6 +108,7 @@ class Loader:
         assembly: Assembly,
         pool: Pool | None,
         config: DataConfig,
+        limits: PackLimits,
         global_rank: int,
         world_size: int,
         masked: Masked,
@@ -110,8 +117,7 @@ class Loader:
         self.order, self.reader, self.assembly, self.pool = order, reader, assembly, pool
         self.config, self.masked = config, masked
         self.global_rank, self.world_size = global_rank, world_size
-        # No rank shares a clip with another.
-        self.limits, self.cost_model = PackLimits(config.max_tokens_per_pack), of_model(order.model)
+        self.limits, self.cost_model = limits, of_model(order.model)
         self._ahead: _ReadAhead | None = None
         self._next_step: int | None = None
         # Also when the program ends, or forgets the loader.
@@ -173,12 +179,13 @@ class Loader:
         self._ahead = self._next_step = None
 
     def _tasks(self, plan: PackPlan) -> list[Task | None]:
+        """Of each document; None where it is masked, on all ranks that hold a part of it."""
         masked = self.masked.get(plan.step, frozenset())
         tasks = []
-        for sample in plan.samples:
+        for sample, _, is_owned in plan.documents:
             is_masked = masked and (self._shard_name(sample), sample.row.key) in masked
             shard = self.order.datasets[sample.dataset].manifest.shards[sample.shard]
-            tasks.append(None if is_masked else Task(sample, shard))
+            tasks.append(None if is_masked else Task(sample, shard, is_owned))
         return tasks
 
     def _shard_name(self, sample: PlannedSample) -> str:
@@ -188,29 +195,36 @@ class Loader:
     def _collect(self, pool: Pool, plan: PackPlan, job: Job) -> Pack:
         memory = pool.wait(job)
         parts, failures, facts = [], [], []
-        for sample, start, outcome in zip(plan.samples, job.starts, job.outcomes, strict=True):
+        for task, start, outcome in zip(job.tasks, job.starts, job.outcomes, strict=True):
             known = outcome if isinstance(outcome, Facts) else None
             facts.append(known)
-            parts.append(None if known is None or memory is None else memory[start:][: places_of(sample).num_bytes])
-            if isinstance(outcome, Lost):
-                failures.append(Failure(sample.row.key, self._shard_name(sample), outcome.reason))
-        return self.assembly.build(plan, facts, parts, failures)
+            part = None
+            if task is not None and memory is not None and known is not None:
+                part = memory[start:][: task.places.num_bytes]
+            parts.append(part)
+            if task is not None and isinstance(outcome, Lost):
+                failures.append(self._failure(task, outcome.reason))
+        return self.assembly.build(plan, job.tasks, facts, parts, failures)
 
     def _read(self, plan: PackPlan) -> Pack:
         parts: list[torch.Tensor | None] = []
         facts: list[Facts | None] = []
         failures = []
-        for sample, task in zip(plan.samples, self._tasks(plan), strict=True):
+        tasks = self._tasks(plan)
+        for task in tasks:
             part, known = None, None
             if task is not None:
-                memory = np.empty(places_of(sample).num_bytes, dtype=np.uint8)
+                memory = np.empty(task.places.num_bytes, dtype=np.uint8)
                 try:
                     part, known = torch.from_numpy(memory), self.reader.read(task, memory, Unwatched())
                 except SampleError as error:
-                    failures.append(Failure(sample.row.key, self._shard_name(sample), error.reason))
+                    failures.append(self._failure(task, error.reason))
             parts.append(part)
             facts.append(known)
-        return self.assembly.build(plan, facts, parts, failures)
+        return self.assembly.build(plan, tasks, facts, parts, failures)
+
+    def _failure(self, task: Task, reason: str) -> Failure:
+        return Failure(task.sample.row.key, self._shard_name(task.sample), reason)
 
 
 class _ReadAhead:

@@ -134,10 +134,11 @@ class Order:
                 streams.append((number, stream))
         return tuple(samples)
 
-    def refuse_over(self, limit: int, setting: str) -> None:
-        """Raises ConfigError when a clip of any stage has more tokens than `limit`, which `setting` names."""
+    def refuse_over(self, limit: int, setting: str, ranks: int = 1) -> None:
+        """Raises ConfigError when a clip of any stage has more tokens than `limit`, which `setting` names, on each of
+        the ranks that may share it."""
         for stage, longest in zip(self.stages, self.longest, strict=True):
-            _refuse_over(longest, limit, setting, stage)
+            _refuse_over(longest, limit, setting, stage, ranks)
 
     def _plan(
         self, step: int, index: int, dataset: int, clip: ShuffledClip, weights: Mapping[str, float]
@@ -225,10 +226,11 @@ class Order:
                 )
 
 
-def _refuse_over(clip: LongestClip, limit: int, setting: str, stage: Stage) -> None:
-    if clip.num_tokens > limit:
+def _refuse_over(clip: LongestClip, limit: int, setting: str, stage: Stage, ranks: int = 1) -> None:
+    if clip.num_tokens > limit * ranks:
+        on_each = f" on each of the {ranks} ranks that may share it" if ranks > 1 else ""
         raise ConfigError(
             f"clip {clip.key} of {clip.shard} has {clip.num_tokens} tokens ({clip.num_frames} frames of "
-            f"{clip.height}x{clip.width}), over {setting}={limit}: raise it, or lower {stage.name}.size.max_pixels or "
-            "max_frames"
+            f"{clip.height}x{clip.width}), over {setting}={limit}{on_each}: raise it, or lower "
+            f"{stage.name}.size.max_pixels or max_frames"
         )

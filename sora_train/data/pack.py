@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sora_train.config.diffusion import TimestepConfig
 from sora_train.data.order import PlannedSample
-from sora_train.data.packing import PackPlan
+from sora_train.data.packing import Document, PackPlan
 from sora_train.data.precomputed import NUMBERS
 from sora_train.data.precomputed_header import Place
-from sora_train.data.sample import Facts, places_of, timestep
+from sora_train.data.sample import Facts, Task, places_of, timestep
 from sora_train.data.schema import IndexRow
 from sora_train.data.size import ClipSize, Stride
 
@@ -28,31 +28,54 @@ class Failure:
 
 @dataclass(frozen=True)
 class Pack:
-    """The lists have one entry a sample, in the order of `samples`; a filler is a sample of weight 0.
+    """The lists have one entry a document, in the order of `PackPlan.documents`; without any, a filler of weight 0.
 
-    A sample has frames or latents. One that failed, now or when this step was first done, has zeros for all of them.
+    A clip that this rank reads has frames or latents, and noise: of its whole length, also where the rank holds a part
+    of it. A clip that failed, now or when this step was first done, has zeros for all of them. Of a clip that a
+    neighbour reads there is the text alone.
     """
 
-    step: int
-    micro_step: int
-    is_last: bool
+    plan: PackPlan
     samples: tuple[PlannedSample, ...]
+    parts: tuple[range, ...]  # of each clip's tokens, those on this rank
     frames: list[Tensor | None]  # uint8 [T, H, W, 3]
     latents: list[Tensor | None]  # [C, T, H, W] in the numbers they are stored in
-    noise: list[Tensor]  # float32 [C, T, H, W]
+    noise: list[Tensor | None]  # float32 [C, T, H, W]
     t_S: Tensor  # float32
     text: list[str | Tensor]  # "" where the caption was dropped; rows [M, D] where the shard has them
-    weight_S: Tensor  # float32; 0 = failed or filler
-    is_trained: tuple[bool, ...]  # the same, for the host
-    # Of the whole step on all ranks, before anything failed.
-    planned_tokens: int
-    planned_samples: int
+    weight_S: Tensor  # float32; 0 = filler, or this rank could not read what it should, or was not to
+    is_tried: tuple[bool, ...]  # what was to be read: no filler, nor what failed when this step was first done
     failures: tuple[Failure, ...]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the last of its step."""
+        return self.plan.is_last
+
+    @property
+    def planned_tokens(self) -> int:
+        """Of the whole step on all ranks, before anything failed."""
+        return self.plan.planned_tokens
+
+    @property
+    def planned_samples(self) -> int:
+        """Of the whole step on all ranks, before anything failed."""
+        return self.plan.planned_samples
 
     @property
     def num_tokens(self) -> int:
         """Video tokens, filler included."""
-        return sum(sample.num_tokens for sample in self.samples)
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def num_whole(self) -> int:
+        """Documents that are no parts of shared clips; they come first."""
+        return len(self.plan.samples) or int(not self.plan.documents)
+
+    @property
+    def is_owned(self) -> tuple[bool, ...]:
+        """Which clips this rank reads."""
+        return tuple(noise is not None for noise in self.noise)
 
     def to(self, device: torch.device | str) -> "Pack":
         """With its tensors on a device; to CUDA from page-locked memory, so that the host does not wait."""
@@ -64,7 +87,7 @@ class Pack:
             self,
             frames=[None if frames is None else change(frames) for frames in self.frames],
             latents=[None if latents is None else change(latents) for latents in self.latents],
-            noise=[change(noise) for noise in self.noise],
+            noise=[None if noise is None else change(noise) for noise in self.noise],
             t_S=change(self.t_S),
             text=[text if isinstance(text, str) else change(text) for text in self.text],
             weight_S=change(self.weight_S),
@@ -84,6 +107,7 @@ class Assembly:
     def build(
         self,
         plan: PackPlan,
+        tasks: Sequence[Task | None],
         facts: Sequence[Facts | None],
         memory: Sequence[Tensor | None],
         failures: Sequence[Failure],
@@ -91,64 +115,61 @@ class Assembly:
         """The pack of a plan.
 
         Args:
-            facts: of each sample of the plan; None: it could not be read, or was not to be.
-            memory: of each sample, uint8, as its facts and `places_of` tell; the pack's tensors are views of it.
+            tasks: of each document of the plan; None: it was not to be read.
+            facts: of each; None: it was not read.
+            memory: of each, uint8, as its facts and `Task.places` tell; the pack's tensors are views of it.
             failures: those to be told of.
         """
-        if not plan.samples:
-            return self._pack(plan, (self._filler(plan),), [None], [None], failures)
-        return self._pack(plan, plan.samples, facts, memory, failures)
-
-    def _pack(
-        self,
-        plan: PackPlan,
-        samples: tuple[PlannedSample, ...],
-        facts: Sequence[Facts | None],
-        memory: Sequence[Tensor | None],
-        failures: Sequence[Failure],
-    ) -> Pack:
+        documents = plan.documents
+        if not documents:
+            documents, tasks, facts, memory = (self._filler(plan),), (None,), (None,), (None,)
         frames: list[Tensor | None] = []
         latents: list[Tensor | None] = []
-        noise: list[Tensor] = []
+        noise: list[Tensor | None] = []
         text: list[str | Tensor] = []
         t: list[float] = []
-        for sample, known, part in zip(samples, facts, memory, strict=True):
-            size, places = sample.size, places_of(sample)
-            shape = (size.num_frames, size.height, size.width, 3)
+        for (sample, _, is_owned), known, part in zip(documents, facts, memory, strict=True):
+            pixels, stored, drawn = self._medium(sample, known, part) if is_owned else (None, None, None)
+            frames.append(pixels)
+            latents.append(stored)
+            noise.append(drawn)
             if known is None or part is None:
-                is_latent = sample.row.latent_shape is not None
-                frames.append(None if is_latent else torch.zeros(shape, dtype=torch.uint8))
-                latents.append(torch.zeros(sample.latent_shape) if is_latent else None)
-                noise.append(torch.zeros(sample.latent_shape))
                 text.append("")
                 t.append(timestep(self.timesteps, self.seed, sample))
-                continue
-            is_latent = known.latents is not None
-            frames.append(None if is_latent else part[places.medium].view(shape))
-            stored = None if known.latents is None else _tensor(part, known.latents)
-            latents.append(None if stored is None else stored[:, : sample.latent_shape[1]])
-            noise.append(part[places.noise].view(torch.float32).view(sample.latent_shape))
-            text.append(known.text if known.rows is None else _tensor(part, known.rows))
-            t.append(known.t)
-        is_trained = tuple(known is not None for known in facts)
+            else:
+                text.append(known.text if known.rows is None else _tensor(part, known.rows))
+                t.append(known.t)
         return Pack(
-            step=plan.step,
-            micro_step=plan.micro_step,
-            is_last=plan.is_last,
-            samples=samples,
+            plan=plan,
+            samples=tuple(document.sample for document in documents),
+            parts=tuple(document.part for document in documents),
             frames=frames,
             latents=latents,
             noise=noise,
             t_S=torch.tensor(t, dtype=torch.float32),
             text=text,
-            weight_S=torch.tensor(is_trained, dtype=torch.float32),
-            is_trained=is_trained,
-            planned_tokens=plan.planned_tokens,
-            planned_samples=plan.planned_samples,
+            weight_S=torch.tensor([known is not None for known in facts], dtype=torch.float32),
+            is_tried=tuple(task is not None for task in tasks),
             failures=tuple(failures),
         )
 
-    def _filler(self, plan: PackPlan) -> PlannedSample:
+    @staticmethod
+    def _medium(
+        sample: PlannedSample, known: Facts | None, part: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Frames or latents, and the noise."""
+        shape = (sample.size.num_frames, sample.size.height, sample.size.width, 3)
+        if known is None or part is None:
+            is_latent = sample.row.latent_shape is not None
+            frames = None if is_latent else torch.zeros(shape, dtype=torch.uint8)
+            return frames, torch.zeros(sample.latent_shape) if is_latent else None, torch.zeros(sample.latent_shape)
+        places = places_of(sample)
+        noise = part[places.noise].view(torch.float32).view(sample.latent_shape)
+        if known.latents is None:
+            return part[places.medium].view(shape), None, noise
+        return None, _tensor(part, known.latents)[:, : sample.latent_shape[1]], noise
+
+    def _filler(self, plan: PackPlan) -> Document:
         # One token, so that a rank without clips runs the same collectives as the others.
         height, width = self.stride.height, self.stride.width
         row = IndexRow(
@@ -165,7 +186,7 @@ class Assembly:
         )
         size = ClipSize(1, height, width, height, width, 0, 1.0)
         shape = (self.latent_channels, 1, *self.patch)
-        return PlannedSample(plan.step, 0, -1, -1, row, size, shape, 1, None)
+        return Document(PlannedSample(plan.step, 0, -1, -1, row, size, shape, 1, None), range(1), True)
 
 
 def _tensor(memory: Tensor, place: Place) -> Tensor:

@@ -9,20 +9,38 @@ groups of 1, 2, 4 or 8 neighbours. A rank of a group holds
    empty and may begin inside a clip. All-to-all gives each rank all of these tokens for 1/group_size of the heads,
    where attention is per clip, and takes the results back.
 
-Nothing is dropped, cut or padded; no rank ever holds more than `max_tokens_per_pack` tokens.
+A shared clip is read and encoded by one of the ranks that hold tokens of it, its owner; the others get their tokens
+from there. Nothing is dropped, cut or padded; no rank ever holds more than `max_tokens_per_pack` tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 from sora_train.config.root import ConfigError
 from sora_train.cost.step_cost import StepCost, features
 from sora_train.data.groups import PackLimits, StepGroups, largest_clip_tokens, plan_groups
 from sora_train.data.order import GlobalBatch, PlannedSample
-from sora_train.data.sharing import Group
+from sora_train.data.sharing import Group, owners, parts
 
-__all__ = ["PackLimits", "PackPlan", "assign", "balance", "largest_clip_tokens", "rank_features", "travelling_tokens"]
+__all__ = [
+    "Document",
+    "PackLimits",
+    "PackPlan",
+    "assign",
+    "balance",
+    "largest_clip_tokens",
+    "rank_features",
+    "travelling_tokens",
+]
+
+
+class Document(NamedTuple):
+    """What a rank holds of one clip: all of it, or its part of a shared one."""
+
+    sample: PlannedSample
+    part: range  # of the clip's tokens, those on this rank; never empty
+    is_owned: bool  # this rank reads and encodes the clip; of another it reads the text alone
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,7 @@ class PackPlan:
     # The sequence group: the same on all its ranks, but for group_rank.
     shared: tuple[PlannedSample, ...] = ()
     shares: tuple[int, ...] = (0,)  # tokens of the shared sequence on each rank of the group
+    owners: tuple[int, ...] = ()  # of each shared clip, the rank of the group that reads it
     first_rank: int = 0  # of the group; a multiple of its size
     group_rank: int = 0  # of this rank in it
 
@@ -52,6 +71,19 @@ class PackPlan:
         """This rank's tokens in the sequence of shared clips."""
         start = sum(self.shares[: self.group_rank])
         return range(start, start + self.shares[self.group_rank])
+
+    def parts(self, group_rank: int) -> list[range]:
+        """Of each shared clip, its own tokens that a rank of the group holds; empty: none."""
+        return parts([sample.num_tokens for sample in self.shared], self.shares, group_rank)
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """What this rank holds, in the order of its tokens: whole clips, then its parts of shared ones."""
+        held = zip(self.shared, self.parts(self.group_rank), self.owners, strict=True)
+        return (
+            *[Document(sample, range(sample.num_tokens), True) for sample in self.samples],
+            *[Document(sample, part, owner == self.group_rank) for sample, part, owner in held if part],
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +119,11 @@ class MicroStep(Sequence[PackPlan]):
     def _make(self, group: Group) -> None:
         samples = self._batch.samples
         shared, shares = tuple([samples[i] for i in group.shared]), tuple(group.shares)
+        owned_by: tuple[int, ...] = ()
+        if shared:
+            whole_tokens = [sum([samples[i].num_tokens for i in whole]) for whole in group.whole]
+            turn = self._batch.step + self._micro_step
+            owned_by = tuple(owners(whole_tokens, [sample.num_tokens for sample in shared], shares, turn))
         for group_rank, whole in enumerate(group.whole):
             self._packs[group.first_rank + group_rank] = PackPlan(
                 self._batch.step,
@@ -97,6 +134,7 @@ class MicroStep(Sequence[PackPlan]):
                 len(samples),
                 shared,
                 shares,
+                owned_by,
                 group.first_rank,
                 group_rank,
             )

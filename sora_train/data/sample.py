@@ -60,10 +60,16 @@ class Unwatched:
 
 @dataclass(frozen=True)
 class Task:
-    """A planned sample and the shard it is in."""
+    """A planned sample and the shard it is in. Without its medium, no more than its text is read."""
 
     sample: PlannedSample
     shard: ShardEntry
+    has_medium: bool = True
+
+    @property
+    def places(self) -> "Places":
+        """Of its parts in its memory."""
+        return places_of(self.sample, self.has_medium)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Places:
     """Where the parts of a sample stand in its memory, each from a multiple of ALIGNMENT on; and its size in bytes.
 
     Frames, or a member of latents as it is stored (of one that is longer than planned, the planned part); then the
-    noise; then the member of text rows as it is stored.
+    noise; then the member of text rows as it is stored. Frames, latents and noise are empty where they are not read.
     """
 
     medium: slice
@@ -80,13 +86,15 @@ class Places:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole."""
-        return self.text.stop
+        """Of the whole; never none, of which there could be no view."""
+        return max(1, self.text.stop)
 
 
-def places_of(sample: PlannedSample) -> Places:
+def places_of(sample: PlannedSample, has_medium: bool = True) -> Places:
     """Known from the plan alone."""
     row, size = sample.row, sample.size
+    if not has_medium:
+        return Places(slice(0, 0), slice(0, 0), slice(0, row.text_size))
     if row.latent_shape is None:
         medium = size.num_frames * size.height * size.width * 3
     elif row.latent_shape == sample.latent_shape:
@@ -133,15 +141,17 @@ class SampleReader:
         return {**self.__dict__, "_bytes": {}}
 
     def read(self, task: Task, memory: NDArray[np.uint8], watcher: Watcher) -> Facts:
-        """Fills the memory of a sample, [places_of(sample).num_bytes], and makes its draws.
+        """Fills the memory of a task, [task.places.num_bytes], and makes the sample's draws.
 
         Raises:
             SampleError: see `fill`.
         """
         sample = task.sample
         facts = self.fill(task, memory, watcher)
+        if not task.has_medium:
+            return facts
         draw = generator(self.seed, sample.step, sample.index, Purpose.noise)
-        noise = memory[places_of(sample).noise].view(np.float32).reshape(sample.latent_shape)
+        noise = memory[task.places.noise].view(np.float32).reshape(sample.latent_shape)
         draw.standard_normal(out=noise, dtype=np.float32)
         watcher.decoded()
         return facts
@@ -154,25 +164,28 @@ class SampleReader:
                 what the index says), or what `decode_clip` says.
         """
         sample, row = task.sample, task.sample.row
-        places = places_of(sample)
+        places, has_medium = task.places, task.has_medium
         # Latents go where they stay, unless only a part of them does.
         is_direct = row.latent_shape == sample.latent_shape
-        medium = memory[places.medium] if is_direct else np.empty(row.medium_size, dtype=np.uint8)
+        medium = memory[places.medium]
+        if has_medium and not is_direct:
+            medium = np.empty(row.medium_size, dtype=np.uint8)
         rows = memory[places.text]
         has_rows, has_text = row.text_size > 0, sample.caption is not None and row.text_size == 0
         record = bytearray(row.record_size if has_text else 0)
         digest = xxhash.xxh3_64()
         watcher.read()
-        parts = [Part(row.medium_offset, medium.data, digest if row.medium_xxh3 else None)]
+        parts = [Part(row.medium_offset, medium.data, digest if row.medium_xxh3 else None)] if has_medium else []
         parts += [Part(row.record_offset, memoryview(record))] if has_text else []
         parts += [Part(row.text_offset, rows.data)] if has_rows else []
         source = self.sources[sample.dataset]
         try:
-            self._shard_bytes(sample.dataset).fill(task.shard, parts, watcher.read)
-            if row.medium_xxh3 and digest.intdigest() != row.medium_xxh3:
+            if parts:
+                self._shard_bytes(sample.dataset).fill(task.shard, parts, watcher.read)
+            if has_medium and row.medium_xxh3 and digest.intdigest() != row.medium_xxh3:
                 raise SampleError("hash", f"{row.key} is not what was indexed")
             text = self._caption(sample, bytes(record), source) if has_text else ""
-            if row.latent_shape is None:
+            if has_medium and row.latent_shape is None:
                 if (row.height, row.width) != (sample.size.scaled_height, sample.size.scaled_width):
                     import torch  # noqa: F401  # scaling takes it: seconds, of which the decoder is not to blame
 
@@ -182,10 +195,11 @@ class SampleReader:
         except (FetchError, CaptionError, DecodeError) as error:
             raise SampleError(error.reason, error.detail) from error
         watcher.decoded()
+        has_latents = has_medium and row.latent_shape is not None
         return Facts(
             t=timestep(self.timesteps, self.seed, sample),
             text=text,
-            latents=None if row.latent_shape is None else _latents(sample, medium, memory, places, is_direct),
+            latents=_latents(sample, medium, memory, places, is_direct) if has_latents else None,
             rows=_rows(sample, rows, places.text.start) if has_rows else None,
         )
 

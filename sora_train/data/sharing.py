@@ -5,6 +5,7 @@ lays out its own alone.
 """
 
 import heapq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sora_train.cost.step_cost import StepCost
@@ -46,9 +47,9 @@ class Block(NamedTuple):
 class Layout:
     """Lays out blocks of the clips of one step."""
 
-    def __init__(self, clips: Clips, room: int, cost: StepCost) -> None:
-        """`room`: tokens that a rank may hold."""
-        self.clips, self.room, self.cost = clips, room, cost
+    def __init__(self, clips: Clips, room: int, cost: StepCost, keeps_blocks: bool = False) -> None:
+        """`room`: tokens that a rank may hold; `keeps_blocks`: every block is one group, whether or not it shares."""
+        self.clips, self.room, self.cost, self.keeps_blocks = clips, room, cost, keeps_blocks
 
     def groups(self, unit: Block, height: float) -> list[Group]:
         """One group of the block's ranks, or one for each rank where nothing needs sharing."""
@@ -58,6 +59,8 @@ class Layout:
         if not members or self.clips.cost[members[0]] <= height:
             whole = self._spread(members, [], size, height * (1 + TOLERANCE))[0]
             if sum(map(len, whole)) == len(members):
+                if self.keeps_blocks:
+                    return [Group(rank, whole, [], [0] * size)]
                 return [Group(rank + r, [clips], [], [0]) for r, clips in enumerate(whole)]
         return [self._share(unit, height)]
 
@@ -160,3 +163,35 @@ def _pour(loads: list[float], rooms: list[int], amount: int, cost: float) -> lis
         tokens[rank] += added
         over -= added
     return tokens
+
+
+def parts(lengths: Sequence[int], shares: Sequence[int], group_rank: int) -> list[range]:
+    """Of each shared clip, laid end to end and cut into `shares`, its own tokens that a rank holds; empty: none."""
+    stop = sum(shares[: group_rank + 1])
+    start, begin, found = stop - shares[group_rank], 0, []
+    for length in lengths:
+        held = range(max(start - begin, 0), min(stop - begin, length))
+        found.append(held if held else range(0))
+        begin += length
+    return found
+
+
+def owners(whole: Sequence[int], lengths: Sequence[int], shares: Sequence[int], turn: int) -> list[int]:
+    """Of each shared clip the rank that reads and encodes it: among those that hold tokens of it one with least to
+    read so far, the longest clips first, so that none waits long for another.
+
+    Args:
+        whole: tokens of the clips that sit whole on each rank.
+        lengths: tokens of each shared clip.
+        shares: of the shared tokens, by rank.
+        turn: a number that differs from micro-step to micro-step, so that equals take turns.
+    """
+    size = len(shares)
+    loads = list(whole)
+    held = [parts(lengths, shares, rank) for rank in range(size)]
+    found = [0] * len(lengths)
+    for clip in sorted(range(len(lengths)), key=lambda clip: -lengths[clip]):
+        holders = [rank for rank in range(size) if held[rank][clip]]
+        found[clip] = min(holders, key=lambda rank: (loads[rank], (rank - turn) % size))
+        loads[found[clip]] += lengths[clip]
+    return found

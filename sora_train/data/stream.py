@@ -31,7 +31,7 @@ from sora_train.data.blocks import Block, Blocks
 from sora_train.data.decoder import Request, Setup
 from sora_train.data.handover import STATUS_BYTES, Phase, Status, memory_file, send, take_messages
 from sora_train.data.precomputed_header import ITEM_BYTES, Place
-from sora_train.data.sample import Facts, SampleReader, Task, places_of
+from sora_train.data.sample import Facts, SampleReader, Task
 
 # Samples a child has at a time: the one it works on, and one so that it need not wait for the next.
 TASKS_AHEAD = 2
@@ -74,7 +74,7 @@ class Job:
         for task in self.tasks:
             self.starts.append(self.num_bytes)
             if task is not None:
-                pages = -(-places_of(task.sample).num_bytes // mmap.ALLOCATIONGRANULARITY)
+                pages = -(-task.places.num_bytes // mmap.ALLOCATIONGRANULARITY)
                 self.num_bytes += pages * mmap.ALLOCATIONGRANULARITY
         self._open = deque(number for number, task in enumerate(self.tasks) if task is not None)
         self._unsettled = len(self._open)
@@ -275,12 +275,7 @@ class Pool:
         self._numbers += 1
         child.tasks.append((self._numbers, job, number))
         request = Request(
-            self._numbers,
-            task,
-            job.starts[number],
-            places_of(task.sample).num_bytes,
-            job.block.number,
-            self.blocks.numbers,
+            self._numbers, task, job.starts[number], task.places.num_bytes, job.block.number, self.blocks.numbers
         )
         self._say(child, pickle.dumps(request), job.block.file)
 
@@ -320,7 +315,7 @@ class Pool:
             raise ValueError(f"an answer to task {message['number']} of {expected}")
         outcome: Outcome
         if "facts" in message:
-            outcome = facts_from(message["facts"], places_of(task.sample).num_bytes)
+            outcome = facts_from(message["facts"], task.places.num_bytes)
         else:
             outcome = Lost(str(message["reason"]))
             level = logging.WARNING if outcome.reason == "error" else logging.INFO

@@ -1,13 +1,14 @@
 """From a list of samples to one pack of model inputs, and from its prediction back to a list."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sora_train.config.model import ModelConfig, TextKind
-from sora_train.models.pack_layout import PackLayout
+from sora_train.models.pack_layout import PackLayout, SharedClips
 from sora_train.models.patchify import Patch, Shape, num_tokens, patchify, positions, shape_of, unpatchify
 from sora_train.models.text import pack_bytes
 
@@ -68,6 +69,44 @@ def pack_inputs(
     """
     patch, device = patch_of(config), latents[0].device
     shapes = tuple(shape_of(sample) for sample in latents)
+    conditioning = conditioning or Conditioning()
+    check_conditioning(conditioning, shapes, config)
+    inputs = lay_out(
+        torch.cat([patchify(sample, patch) for sample in latents]),
+        shapes,
+        [range(num_tokens(shape, patch)) for shape in shapes],
+        text,
+        config,
+        image_lengths=[rows.shape[0] for rows in conditioning.image],
+    )
+    return replace(inputs, conditioning=pack_conditioning(conditioning, inputs, config, device))
+
+
+def lay_out(
+    tokens_LP: Tensor,
+    shapes: Sequence[Shape],
+    parts: Sequence[range],
+    text: Text,
+    config: ModelConfig,
+    *,
+    shared: SharedClips | None = None,
+    image_lengths: Sequence[int] = (),
+) -> PackInputs:
+    """The inputs of a pack whose tokens are there, on their device. Each token keeps its place in its own sample.
+
+    Args:
+        tokens_LP: patches of the documents, end to end.
+        shapes: of the whole latents of each sample.
+        parts: of each sample, the tokens that are there.
+        text: as `pack_inputs` takes it.
+        config: of the model.
+        shared: of whose clips the last documents are parts.
+        image_lengths: rows of each sample's image.
+
+    Raises:
+        ValueError: text is missing or of the wrong kind, or a document has no token.
+    """
+    device = tokens_LP.device
     if config.text.kind is TextKind.bytes:
         if not all(isinstance(caption, str) for caption in text):
             raise ValueError("model.text.kind=bytes takes captions, got rows of a text encoder")
@@ -77,22 +116,15 @@ def pack_inputs(
         if len(rows) != len(text):
             raise ValueError("model.text.kind=encoder takes rows of the text encoder, got captions")
         packed_text, text_lengths = torch.cat(rows), tuple(row.shape[0] for row in rows)
-    conditioning = conditioning or Conditioning()
-    check_conditioning(conditioning, shapes, config)
-    layout = PackLayout.build(
-        [num_tokens(shape, patch) for shape in shapes],
-        text_lengths,
-        device,
-        [rows.shape[0] for rows in conditioning.image],
-    )
-    positions_L3 = torch.cat([positions(shape, patch) for shape in shapes])
+    layout = PackLayout.build([len(part) for part in parts], text_lengths, device, image_lengths)
+    places = [positions(shape, patch_of(config)) for shape in shapes]
+    positions_L3 = torch.cat([place[part.start : part.stop] for place, part in zip(places, parts, strict=True)])
     return PackInputs(
-        tokens_LP=torch.cat([patchify(sample, patch) for sample in latents]),
+        tokens_LP=tokens_LP,
         positions_L3=positions_L3.to(device, non_blocking=True),
         text=packed_text.to(device, non_blocking=True),
-        layout=layout,
-        shapes=shapes,
-        conditioning=pack_conditioning(conditioning, positions_L3, layout, config, device),
+        layout=replace(layout, shared=shared),
+        shapes=tuple(shapes),
     )
 
 
@@ -132,13 +164,9 @@ def check_conditioning(conditioning: Conditioning, shapes: Sequence[Shape], conf
 
 
 def pack_conditioning(
-    conditioning: Conditioning,
-    positions_L3: Tensor,
-    layout: PackLayout,
-    config: ModelConfig,
-    device: torch.device,
+    conditioning: Conditioning, inputs: PackInputs, config: ModelConfig, device: torch.device
 ) -> PackedConditioning | None:
-    """A checked conditioning laid end to end, or None when there is none; `positions_L3` on the CPU."""
+    """A checked conditioning of whole samples laid end to end, or None when there is none."""
     if not (conditioning.latents or conditioning.image or conditioning.clean_frames):
         return None
     tokens_LP = image_ID = is_clean_L = None
@@ -148,9 +176,15 @@ def pack_conditioning(
     if conditioning.image:
         image_ID = torch.cat(list(conditioning.image)).to(device, non_blocking=True)
     if conditioning.clean_frames:
-        clean_L = torch.tensor(conditioning.clean_frames).repeat_interleave(torch.tensor(layout.lengths))
-        is_clean_L = (positions_L3[:, 0] * config.patch_frames < clean_L).to(device, non_blocking=True)
+        clean_S = torch.tensor(conditioning.clean_frames).to(device, non_blocking=True)
+        is_clean_L = inputs.positions_L3[:, 0] * config.patch_frames < clean_S[inputs.layout.sample_L]
     return PackedConditioning(tokens_LP, image_ID, is_clean_L)
+
+
+def as_patches(prediction_LQ: Tensor, config: ModelConfig) -> Tensor:
+    """The model's output with its numbers in the order of its input's: patches of latents as `patchify` gives them."""
+    volume = math.prod(patch_of(config))
+    return prediction_LQ.unflatten(1, (volume, config.out_channels)).transpose(1, 2).flatten(1)
 
 
 def unpack_prediction(prediction_LQ: Tensor, inputs: PackInputs, config: ModelConfig) -> list[Tensor]:

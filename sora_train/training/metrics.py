@@ -21,20 +21,24 @@ T_BINS = 4
 CAPTION_KINDS = (*KINDS, "none")
 
 
+# What is counted of what is trained on; of FLOPs the useful ones, forward and backward.
+COUNTED = ("tokens", "clips", "frames", "flops")
+
+
 @dataclass(frozen=True)
 class PackLoss:
-    """What one pack adds: `loss` is this rank's share of the step's loss (a scalar with gradient)."""
+    """What one pack adds: `loss` is this rank's share of the step's loss (a scalar with gradient).
+
+    Of a clip that ranks share, what they add sums to what one rank would that held it whole.
+    """
 
     loss: Tensor
-    sample_loss_S: Tensor  # mean squared error of each sample, detached
+    sample_loss_S: Tensor  # mean squared error of each document's tokens, detached
     t_S: Tensor
-    weight_S: Tensor  # 0 for masked clips and filler
+    weight_S: Tensor  # the share of its clip that each document is; 0 for masked clips and filler
     kind_S: Tensor  # number in CAPTION_KINDS of the caption trained on
-    tokens: int  # trained on, on this rank
-    clips: int
-    frames: int
-    flops: float  # useful forward and backward FLOPs
-    failed: int  # clips that could not be read
+    counts: Tensor  # float64, as COUNTED
+    tried: int  # clips that were to be read; those not trained on have failed
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Metrics:
         # Weighted sums and weights of the loss by quarter of t, and by kind of caption.
         self.by_t = torch.zeros(2, T_BINS, dtype=torch.float64, device=device)
         self.by_kind = torch.zeros(2, len(CAPTION_KINDS), dtype=torch.float64, device=device)
-        self.tokens, self.clips, self.failed, self.frames, self.flops, self.wait_seconds = 0, 0, 0, 0, 0.0, 0.0
+        self.counts = torch.zeros(len(COUNTED), dtype=torch.float64, device=device)
+        self.tried, self.wait_seconds = 0, 0.0
         self.started = time.perf_counter()
 
     def timed(self, packs: Iterator[Pack]) -> Iterator[Pack]:
@@ -88,11 +93,8 @@ class Metrics:
         for sums, bins_S in ((self.by_t, bins), (self.by_kind, pack_loss.kind_S)):
             sums[0].index_add_(0, bins_S, loss_S)
             sums[1].index_add_(0, bins_S, weight_S)
-        self.tokens += pack_loss.tokens
-        self.clips += pack_loss.clips
-        self.failed += pack_loss.failed
-        self.frames += pack_loss.frames
-        self.flops += pack_loss.flops
+        self.counts += pack_loss.counts
+        self.tried += pack_loss.tried
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -119,11 +121,12 @@ class Metrics:
         seconds = time.perf_counter() - self.started
         steps = len(self.step_losses) - 1
         losses = torch.stack(self.step_losses[:steps])
-        counts = losses.new_tensor([self.tokens, self.clips, self.failed, self.frames, self.flops, self.wait_seconds])
-        parts = [losses, self.by_t[0], self.by_t[1], self.by_kind[0], self.by_kind[1], counts]
+        of_host = losses.new_tensor([self.tried, self.wait_seconds])
+        parts = [losses, self.by_t[0], self.by_t[1], self.by_kind[0], self.by_kind[1], self.counts, of_host]
         summed = sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
-        step_losses, t_losses, t_weights, kind_losses, kind_weights, totals = (part.tolist() for part in summed)
-        tokens, clips, failed, frames, flops, waited = totals
+        step_losses, t_losses, t_weights, kind_losses, kind_weights, counts, waits = (part.tolist() for part in summed)
+        (tokens, clips, frames, flops), (tried, waited) = counts, waits
+        failed = tried - clips
         if not all(math.isfinite(loss) for loss in step_losses):
             raise FloatingPointError(f"the loss is not finite in the last {steps} steps: lower optim.learning_rate")
         values = {

@@ -1,14 +1,16 @@
 """One micro-step: a pack in, this rank's share of the step's loss out.
 
-latents    the codec's, of each clip's frames                    C T H W each
-noisy      (1 - t) latents + t noise                             C T H W each, then L P
-prediction of the model, called through the engine               L Q
+latents    the codec's, of the frames of each clip read here     C T H W each
+clean      their patches, and those of the noise; of clips that
+noise      a neighbour read, the part that this rank holds       L P
+prediction of the model for (1 - t) clean + t noise, through
+           the engine                                            L Q
 loss       weighted squared error, summed, / planned global count
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -21,11 +23,14 @@ from sora_train.cost.flops import step_flops
 from sora_train.data.loader import Pack
 from sora_train.data.order import PlannedSample
 from sora_train.diffusion.flow_matching import interpolate, squared_error
+from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import World
 from sora_train.encoders.text_encoder import TextEncoder, load_text_encoder
 from sora_train.encoders.video_codec import VideoCodec, build_codec, to_unit_range
-from sora_train.models.inputs import Text, pack_inputs, unpack_prediction
+from sora_train.models.inputs import Text, as_patches, lay_out, patch_of
+from sora_train.models.patchify import patchify
 from sora_train.training.metrics import CAPTION_KINDS, PackLoss
+from sora_train.training.shared_tokens import shared_clips, tokens_here
 
 # Of the text encoder and its rows, whoever made them.
 TEXT_DTYPE = torch.bfloat16
@@ -47,11 +52,13 @@ class Encoders:
         """The captions as the model takes them."""
         return list(captions) if self.text is None else self.text.encode(list(captions))
 
-    def latents(self, pack: Pack) -> list[Tensor]:
-        """float32 [C, T, H, W] of each sample: made in advance, or encoded from its frames."""
+    def latents(self, pack: Pack) -> list[Tensor | None]:
+        """float32 [C, T, H, W] of each clip: made in advance, or encoded from its frames; None where a neighbour reads
+        it."""
+        made = [None if latents is None else latents.float() for latents in pack.latents]
         return [
-            self.codec.encode(to_unit_range(frames)) if frames is not None else cast(Tensor, made).float()
-            for frames, made in zip(pack.frames, pack.latents, strict=True)
+            latents if frames is None else self.codec.encode(to_unit_range(frames))
+            for frames, latents in zip(pack.frames, made, strict=True)
         ]
 
     def text_of(self, pack: Pack) -> Text:
@@ -73,55 +80,76 @@ def build_encoders(config: TrainConfig, world: World) -> Encoders:
 
 
 def diffusion_loss(
-    model: Any, pack: Pack, encoders: Encoders, model_config: ModelConfig, config: DiffusionConfig
+    model: Any,
+    pack: Pack,
+    encoders: Encoders,
+    model_config: ModelConfig,
+    config: DiffusionConfig,
+    groups: SequenceGroups,
 ) -> PackLoss:
-    """The pack's share of the step's loss: sum over its clips of weight * squared error / the step's planned count.
+    """The pack's share of the step's loss: sum over its tokens of weight * squared error / the step's planned count.
 
     Args:
         model: the engine (or a bare VideoDiT), called as `model(tokens_LP, positions_L3, t_S, text, layout)`.
-        pack: on the model's device.
+        pack: on the model's device. Every rank of its sequence group must be here with its own.
         encoders: frozen.
         model_config: sizes of patches and channels.
         config: what is predicted, where the error is squared, what it is divided by.
+        groups: of ranks that may share clips.
     """
+    patch, device = patch_of(model_config), pack.t_S.device
     with torch.no_grad():
-        latents = encoders.latents(pack)
-        noisy = [interpolate(x, noise, t) for x, noise, t in zip(latents, pack.noise, pack.t_S, strict=True)]
-        inputs = pack_inputs(noisy, encoders.text_of(pack), model_config)
-
-    prediction_LQ = model(inputs.tokens_LP, inputs.positions_L3, pack.t_S, inputs.text, inputs.layout)
-
-    predictions = unpack_prediction(prediction_LQ, inputs, model_config)
-    error_S = torch.stack(
-        [
-            squared_error(
-                prediction, x, noise, t, prediction_is=config.prediction, loss_on=config.loss_on, min_t=config.min_t
-            ).mean()
-            for prediction, x, noise, t in zip(predictions, latents, pack.noise, pack.t_S, strict=True)
+        columns = [
+            [None if clip is None else patchify(clip, patch) for clip in clips]
+            for clips in (encoders.latents(pack), pack.noise)
         ]
-    )
-    tokens_S = inputs.layout.cu_seqlens.diff()  # of the device's own copy: nothing to wait for
+        width = model_config.in_channels * prod(patch)
+        (clean_LP, noise_LP), weight_S = tokens_here(pack, columns, (width, width), groups)
+        shapes, shared = [sample.latent_shape for sample in pack.samples], shared_clips(pack.plan, device)
+        inputs = lay_out(clean_LP, shapes, pack.parts, encoders.text_of(pack), model_config, shared=shared)
+        t_L1 = pack.t_S[inputs.layout.sample_L][:, None]
+        noisy_LP = interpolate(clean_LP, noise_LP, t_L1)
+
+    prediction_LQ = model(noisy_LP, inputs.positions_L3, pack.t_S, inputs.text, inputs.layout)
+
+    error_L = squared_error(
+        as_patches(prediction_LQ, model_config),
+        clean_LP,
+        noise_LP,
+        t_L1,
+        prediction_is=config.prediction,
+        loss_on=config.loss_on,
+        min_t=config.min_t,
+    ).mean(1)
+    error_S = torch.stack([errors.mean() for errors in error_L.split(inputs.layout.lengths)])
+    counts_S5 = _counts(pack, inputs.layout.text_lengths, model_config).to(device, non_blocking=True)
+    # Of its clip's tokens the share that is here: all over all ranks, a clip weighs 1.
+    clip_weight_S = weight_S * counts_S5[:, 0].float()
     if config.counted_by is CountedBy.tokens:
-        loss = (pack.weight_S * tokens_S * error_S).sum() / pack.planned_tokens
+        tokens_S = inputs.layout.cu_seqlens.diff()  # of the device's own copy: nothing to wait for
+        loss = (weight_S * tokens_S * error_S).sum() / pack.planned_tokens
     else:
-        loss = (pack.weight_S * error_S).sum() / pack.planned_samples
+        loss = (clip_weight_S * error_S).sum() / pack.planned_samples
     return PackLoss(
         loss=loss,
         sample_loss_S=error_S.detach(),
         t_S=pack.t_S,
-        weight_S=pack.weight_S,
-        kind_S=torch.tensor([caption_kind(sample) for sample in pack.samples]).to(pack.t_S.device, non_blocking=True),
-        tokens=sum(compress(inputs.layout.lengths, pack.is_trained)),
-        clips=sum(pack.is_trained),
-        frames=sum(sample.size.num_frames for sample in compress(pack.samples, pack.is_trained)),
-        flops=sum(
-            step_flops(model_config, tokens, text_rows)
-            for tokens, text_rows in compress(
-                zip(inputs.layout.lengths, inputs.layout.text_lengths, strict=True), pack.is_trained
-            )
-        ),
-        failed=len(pack.failures),
+        weight_S=clip_weight_S,
+        kind_S=torch.tensor([caption_kind(sample) for sample in pack.samples]).to(device, non_blocking=True),
+        counts=weight_S.double() @ counts_S5[:, 1:],
+        tried=sum(tried and owned for tried, owned in zip(pack.is_tried, pack.is_owned, strict=True)),
     )
+
+
+def _counts(pack: Pack, text_lengths: Sequence[int], config: ModelConfig) -> Tensor:
+    """float64 [S, 5]: the share of its clip that a document is; then, as in metrics.COUNTED, what it counts for if it
+    is trained on. A shared clip and the work on it are counted by the rank that reads it."""
+    rows = []
+    for sample, part, is_owned, text in zip(pack.samples, pack.parts, pack.is_owned, text_lengths, strict=True):
+        share, flops = len(part) / sample.num_tokens, step_flops(config, sample.num_tokens, text)
+        clip = (1, sample.size.num_frames, flops) if is_owned else (0, 0, 0)
+        rows.append((share, len(part), *clip))
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def caption_kind(sample: PlannedSample) -> int:

@@ -57,9 +57,9 @@ class Validation:
     def _held_out_loss(self, model: VideoDiT) -> dict[str, float]:
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for pack in self.loader.validation_packs(self.config.validation.clips):
-            result = diffusion_loss(
-                model, pack.to(self.world.device), self.encoders, self.config.model, self.config.diffusion
-            )
+            pack = pack.to(self.world.device)
+            config = self.config
+            result = diffusion_loss(model, pack, self.encoders, config.model, config.diffusion, self.groups)
             weight_S = result.weight_S.double()
             sums += torch.stack([(result.sample_loss_S.double() * weight_S).sum(), weight_S.sum()])
         loss, clips = sum_over_ranks(sums).tolist()

@@ -24,11 +24,8 @@ def pack_loss(loss: float, t: list[float], losses: list[float], weights: list[fl
         t_S=torch.tensor(t),
         weight_S=torch.tensor(weights),
         kind_S=torch.tensor([0, len(CAPTION_KINDS) - 1][: len(t)]),
-        tokens=10,
-        clips=len(t),
-        frames=5,
-        flops=1e9,
-        failed=sum(weight == 0 for weight in weights),
+        counts=torch.tensor([10, sum(weights), 5, 1e9], dtype=torch.float64),
+        tried=len(weights),
     )
 
 
@@ -48,7 +45,7 @@ def test_losses_by_step_and_by_quarter_of_t() -> None:
     assert means.values["tokens_per_step"] == 15.0
     assert means.values["loss_caption_original_short"] == (2.0 + 6.0 + 8.0) / 3
     assert means.values["loss_caption_none"] == 4.0, "the masked one does not count"
-    assert (means.clips, means.failed, means.values["failed_clips"]) == (5, 1, 1)
+    assert (means.clips, means.failed, means.values["failed_clips"]) == (4, 1, 1)
     assert "mfu" not in means.values, "the peak of a CPU is not known and not guessed"
     metrics.add(pack_loss(7.0, [0.1], [7.0], [1.0]))
     metrics.end_step()

@@ -12,10 +12,13 @@ from sora_train.config.encoders import CodecConfig
 from sora_train.config.model import ModelConfig, TextConfig
 from sora_train.data.order import PlannedSample
 from sora_train.data.pack import Failure, Pack
+from sora_train.data.packing import PackPlan
 from sora_train.data.schema import IndexRow
 from sora_train.data.size import ClipSize
+from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.encoders.video_codec import build_codec
 from sora_train.models.video_dit import VideoDiT, predict
+from sora_train.training.metrics import COUNTED
 from sora_train.training.step import Encoders, diffusion_loss
 
 MODEL = ModelConfig(
@@ -27,6 +30,7 @@ MODEL = ModelConfig(
     out_channels=96,
     text=TextConfig(width=16, layers=1, heads=2),
 )
+ALONE = SequenceGroups({})
 ENCODERS = Encoders(build_codec(CodecConfig(), "cpu"), None)
 TEXT = ["a cat", "", "two dogs", "x"]
 ALL = [0, 1, 2, 3]
@@ -46,20 +50,18 @@ def pack_of(numbers: list[int], planned: list[int]) -> Pack:
         samples.append(PlannedSample(0, number, 0, 0, row, size, shape, tokens[number], None))
         frames.append(torch.randint(0, 256, (t, h, w, 3), dtype=torch.uint8, generator=generator))
         noise.append(torch.randn(shape, generator=generator))
+    tokens_of_step = sum(tokens[number] for number in planned)
     return Pack(
-        step=0,
-        micro_step=0,
-        is_last=True,
+        plan=PackPlan(0, 0, True, tuple(samples), tokens_of_step, len(planned)),
         samples=tuple(samples),
+        parts=tuple(range(sample.num_tokens) for sample in samples),
         frames=frames,
         latents=[None] * len(frames),
         noise=noise,
         t_S=torch.tensor([0.2 + 0.2 * number for number in numbers]),
         text=[TEXT[number] for number in numbers],
         weight_S=torch.ones(len(numbers)),
-        is_trained=(True,) * len(numbers),
-        planned_tokens=sum(tokens[number] for number in planned),
-        planned_samples=len(planned),
+        is_tried=(True,) * len(numbers),
         failures=(),
     )
 
@@ -78,7 +80,7 @@ def gradient(model: VideoDiT, packs: list[Pack], config: DiffusionConfig) -> tup
     model.zero_grad()
     total = 0.0
     for pack in packs:
-        result = diffusion_loss(model, pack, ENCODERS, MODEL, config)
+        result = diffusion_loss(model, pack, ENCODERS, MODEL, config, ALONE)
         result.loss.backward()
         total += result.loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -113,14 +115,17 @@ def test_a_masked_clip_leaves_the_gradient_of_the_others_as_it_was(model: VideoD
         masked,
         frames=[torch.zeros_like(f) if i == 2 else f for i, f in enumerate(masked.frames)],
         weight_S=torch.tensor([1.0, 1.0, 0.0, 1.0]),
-        is_trained=(True, True, False, True),
         failures=(Failure("clip-2", "shard-000000.tar", "cut short"),),
     )
     _, with_mask = gradient(model, [masked], config)
     torch.testing.assert_close(with_mask, without, rtol=1e-4, atol=1e-6)
-    result = diffusion_loss(model, masked, ENCODERS, MODEL, config)
-    assert result.clips == 3, "what was not trained on is not counted"
-    assert result.tokens == sum(sample.num_tokens for i, sample in enumerate(masked.samples) if i != 2)
+    result = diffusion_loss(model, masked, ENCODERS, MODEL, config, ALONE)
+    trained = [sample for i, sample in enumerate(masked.samples) if i != 2]
+    counts = dict(zip(COUNTED, result.counts.tolist(), strict=True))
+    assert counts["clips"] == 3, "what was not trained on is not counted"
+    assert counts["tokens"] == sum(sample.num_tokens for sample in trained)
+    assert counts["frames"] == sum(sample.size.num_frames for sample in trained)
+    assert result.tried - counts["clips"] == 1
 
 
 def test_loss_is_the_mean_squared_error_written_out(model: VideoDiT) -> None:
@@ -131,7 +136,7 @@ def test_loss_is_the_mean_squared_error_written_out(model: VideoDiT) -> None:
     noisy = (1 - t) * latents + t * pack.noise[0]
     prediction = predict(model, [noisy], pack.t_S, pack.text)[0]
     expected = (prediction - (pack.noise[0] - latents)).square().mean()
-    result = diffusion_loss(model, pack, ENCODERS, MODEL, DiffusionConfig())
+    result = diffusion_loss(model, pack, ENCODERS, MODEL, DiffusionConfig(), ALONE)
     torch.testing.assert_close(result.loss, expected)
 
 
@@ -144,7 +149,7 @@ def test_what_was_encoded_in_advance_is_not_encoded_again(model: VideoDiT) -> No
         frames=[None if i % 2 else frames for i, frames in enumerate(pack.frames)],
         latents=[latents if i % 2 else None for i, latents in enumerate(made)],
     )
-    losses = [diffusion_loss(model, one, ENCODERS, MODEL, DiffusionConfig()).loss for one in (pack, before)]
+    losses = [diffusion_loss(model, one, ENCODERS, MODEL, DiffusionConfig(), ALONE).loss for one in (pack, before)]
     assert torch.equal(*losses)
 
     encode = SimpleNamespace(encode=lambda captions: [torch.full((1, 4), float(len(text))) for text in captions])
