@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    # Muon for the matrices of the transformer's blocks, AdamW for the rest; both take one learning rate.
+    muon = "muon"
+
+
 class ScheduleKind(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -12,10 +18,13 @@ class ScheduleKind(Enum):
 
 @dataclass(frozen=True)
 class OptimConfig:
+    kind: OptimizerKind = OptimizerKind.adamw
     learning_rate: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    # Of kind=muon.
+    momentum: float = 0.95
     weight_decay: float = 0.01
     # Largest norm of the gradient of one step; 0 turns clipping off.
     clip_norm: float = 1.0

@@ -12,6 +12,7 @@ from torch import nn
 
 from sora_train.config.optim import OptimConfig
 from sora_train.config.parallel import ParallelConfig
+from sora_train.distributed.partitions import locate_matrices
 
 
 def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def build_engine(
 
     logger.setLevel(logging.ERROR)  # its notes on every start drown ours
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(parallel, optim))
+    locate_matrices(engine)
     return engine
 
 

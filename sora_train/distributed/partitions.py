@@ -17,7 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sora_train.distributed.muon import Muon, Place
+
 _ADAM_STATES = ("exp_avg", "exp_avg_sq")
+_MUON_STATES = ("momentum",)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def apply_loaded(engine: Any, optimizer_steps: int) -> None:
     """After the views of `fragments` were filled: sets the optimizer's step count and copies the fp32 weights into the
     (possibly bf16, possibly partitioned) weights the model computes with. Every rank must call it."""
     for state in _optimizer(engine).state.values():
-        state["step"].fill_(optimizer_steps)
+        if "step" in state:
+            state["step"].fill_(optimizer_steps)
     stage = engine.zero_optimization_stage()
     if stage == 3:
         _publish_partitions(engine)
@@ -91,21 +95,45 @@ def _optimizer(engine: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _updated_tensors(engine: Any) -> list[Tensor]:
-    """The fp32 tensors that the torch optimizer updates on this rank."""
-    if engine.zero_optimization_stage() == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)  # absent from param_groups between steps
-    return [tensor for group in _optimizer(engine).param_groups for tensor in group["params"]]
+def _updated_tensors(engine: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The fp32 tensors that the torch optimizer updates on this rank, each with its parameter group."""
+    groups = _optimizer(engine).param_groups
+    if engine.zero_optimization_stage() == 3:  # absent from param_groups between steps
+        wrapper = engine.optimizer
+        flats = enumerate(wrapper.fp32_partitioned_groups_flat)
+        return [(flat, groups[wrapper.sub_group_to_group_id[number]]) for number, flat in flats]
+    return [(tensor, group) for group in groups for tensor in group["params"]]
 
 
 def _allocate_states(engine: Any) -> None:
     optimizer = _optimizer(engine)
-    for tensor in _updated_tensors(engine):
+    for tensor, group in _updated_tensors(engine):
         state = optimizer.state[tensor]
-        if not state:
+        if state:
+            continue
+        if not group.get("is_muon"):
             device = tensor.device if optimizer.defaults.get("fused") else "cpu"  # where torch keeps the count
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state |= {key: torch.zeros_like(tensor, requires_grad=False) for key in _ADAM_STATES}
+        keys = _MUON_STATES if group.get("is_muon") else _ADAM_STATES
+        state |= {key: torch.zeros_like(tensor, requires_grad=False) for key in keys}
+
+
+def locate_matrices(engine: Any) -> None:
+    """Tells a Muon optimizer where this rank's pieces of its matrices are. Every rank must call it."""
+    optimizer = _optimizer(engine)
+    if not isinstance(optimizer, Muon):
+        return
+    updated = _updated_tensors(engine)
+    # A tensor that is updated has its memory to itself, so a view into that memory tells where it is.
+    numbers = {tensor.untyped_storage().data_ptr(): number for number, (tensor, _) in enumerate(updated)}
+    places = []
+    for fragment in fragments(engine):
+        number = numbers[fragment.master.untyped_storage().data_ptr()]
+        tensor, group = updated[number]
+        if group.get("is_muon"):
+            offset = int(fragment.master.storage_offset() - tensor.storage_offset())
+            places.append(Place(fragment.name, fragment.shape, fragment.start, fragment.length, number, offset))
+    optimizer.locate([tensor for tensor, _ in updated], places)
 
 
 def reset_optimizer(engine: Any) -> None:
@@ -115,6 +143,11 @@ def reset_optimizer(engine: Any) -> None:
     for state in _optimizer(engine).state.values():
         for value in state.values():
             value.zero_()
+
+
+def _states(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
+    """All but the count of steps."""
+    return {key: state for key, state in optimizer.state[tensor].items() if key != "step"}
 
 
 def _share(length: int) -> tuple[int, int]:
@@ -131,7 +164,7 @@ def _replicated(engine: Any, names: dict[nn.Parameter, str]) -> Iterator[Fragmen
             masters.update(zip(parameters, copies, strict=True))
     for parameter, name in names.items():
         master = masters[parameter]
-        states = {key: optimizer.state[master][key].view(-1) for key in _ADAM_STATES}
+        states = {key: state.view(-1) for key, state in _states(optimizer, master).items()}
         flat = master.detach().view(-1)
         yield Fragment(name, tuple(parameter.shape), 0, flat, states, _share(flat.numel()))
 
@@ -146,7 +179,7 @@ def _in_flat_groups(engine: Any, names: dict[nn.Parameter, str]) -> Iterator[Fra
                 continue
             inside = mapping.get_hp_fragment_address()
             stretch = slice(inside.start, inside.start + inside.numel)
-            states = {key: optimizer.state[flat][key][stretch] for key in _ADAM_STATES}
+            states = {key: state[stretch] for key, state in _states(optimizer, flat).items()}
             start = mapping.lp_fragment_address.start
             yield Fragment(
                 names[parameter], tuple(parameter.shape), start, flat.detach()[stretch], states, (0, inside.numel)
@@ -157,7 +190,8 @@ def _of_each_parameter(engine: Any, names: dict[nn.Parameter, str]) -> Iterator[
     """ZeRO-3: each rank holds an equal part of every parameter, the last one padded."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-    rank = dist.get_rank()
+    rank, optimizer = dist.get_rank(), _optimizer(engine)
+    flats = {tensor.untyped_storage().data_ptr(): tensor for tensor, _ in _updated_tensors(engine)}
     for parameter, name in names.items():
         part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         start = part * rank
@@ -165,7 +199,8 @@ def _of_each_parameter(engine: Any, names: dict[nn.Parameter, str]) -> Iterator[
         if length <= 0:
             continue
         master = safe_get_local_fp32_param(parameter).detach()[:length]
-        states = {key: safe_get_local_optimizer_state(parameter, key)[:length] for key in _ADAM_STATES}
+        keys = _states(optimizer, flats[master.untyped_storage().data_ptr()])
+        states = {key: safe_get_local_optimizer_state(parameter, key)[:length] for key in keys}
         yield Fragment(name, tuple(parameter.ds_shape), start, master, states, (0, length))  # type: ignore[attr-defined]
 
 
