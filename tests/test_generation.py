@@ -50,7 +50,7 @@ def scene_of(request: Request) -> np.ndarray:
 def test_a_perfect_model_generates_the_very_frames(monkeypatch, model, prediction, solver):
     answers = {r.prompt: CODEC.encode(to_unit_range(torch.from_numpy(scene_of(r)))) for r in REQUESTS}
 
-    def perfect(model, noisy, t_S, text):
+    def perfect(model, noisy, t_S, text, conditioning=None):
         return [
             answers[prompt] if prediction is Target.latents else (sample - answers[prompt]) / t
             for sample, t, prompt in zip(noisy, t_S, text, strict=True)
@@ -67,7 +67,7 @@ def test_guidance_goes_from_no_text_beyond_text(monkeypatch, model):
     """With latents c for a prompt and u for none, the guided field leads to u + scale (c - u)."""
     levels = {"": 0.1, "bright": 0.2}
 
-    def flat(model, noisy, t_S, text):
+    def flat(model, noisy, t_S, text, conditioning=None):
         values = []
         for sample, prompt in zip(noisy, text, strict=True):
             frames = torch.full((3, 3, sample.shape[2] * 4, sample.shape[3] * 4), levels[prompt])
@@ -86,7 +86,7 @@ def test_guidance_is_one_pack_and_its_absence_half_of_it(monkeypatch, model):
     sizes = []
     predict = generation.predict
 
-    def counting(model, noisy, t_S, text):
+    def counting(model, noisy, t_S, text, conditioning=None):
         sizes.append((len(noisy), len(text)))
         return predict(model, noisy, t_S, text)
 

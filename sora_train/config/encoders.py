@@ -28,3 +28,11 @@ class TextEncoderConfig:
     max_tokens: int = 512
     # Wan attends to all max_tokens rows, zeros after the text's end; our own models attend to the text alone.
     pad_to_max: bool = False
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """A frozen CLIP vision encoder, used when model.image_width is above 0."""
+
+    # A local folder, or that of a pipeline with image_encoder/ and image_processor/ in it.
+    path: str = ""

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sora_train.config.checkpoint import CheckpointConfig
 from sora_train.config.data import DataConfig
 from sora_train.config.diffusion import DiffusionConfig
-from sora_train.config.encoders import CodecConfig, TextEncoderConfig
+from sora_train.config.encoders import CodecConfig, ImageEncoderConfig, TextEncoderConfig
 from sora_train.config.initial import InitConfig
 from sora_train.config.model import ModelConfig
 from sora_train.config.optim import EmaConfig, OptimConfig
@@ -47,6 +47,7 @@ class TrainConfig:
     init: InitConfig = field(default_factory=InitConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -92,11 +93,16 @@ def check_data_named(config: DataConfig) -> None:
 def save_config(config: Any, path: Path) -> None:
     """Writes the resolved tree as YAML: `load_config` reads it back to an equal tree, and the command it configures
     runs on it with `--config-path DIR --config-name NAME`."""
-    text = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(f"defaults: [{schema_name(type(config))}, _self_]\n{text}")
+    temporary.write_text(config_text(config))
     temporary.replace(path)
+
+
+def config_text(config: Any) -> str:
+    """What `save_config` writes."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    return f"defaults: [{schema_name(type(config))}, _self_]\n{text}"
 
 
 def schema_name(schema: type) -> str:

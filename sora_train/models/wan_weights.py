@@ -12,7 +12,7 @@ that of its pieces. The only module of models/ that touches files; nothing is un
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sora_train.config.model import ModelConfig
 from sora_train.config.root import ConfigError
 from sora_train.models.video_dit import VideoDiT
 from sora_train.models.wan_config import UNUSED, from_diffusers, their_name, their_shapes, to_diffusers
 
-CONFIG, INDEX = "config.json", "diffusion_pytorch_model.safetensors.index.json"
-SINGLE = "diffusion_pytorch_model.safetensors"
+CONFIG, STEM = "config.json", "diffusion_pytorch_model"
+SINGLE, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
 PIPELINE = "model_index.json"
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
@@ -69,6 +71,22 @@ def expert_boundary(folder: str | Path) -> float | None:
     if not isinstance(boundary, float) or not 0 < boundary < 1:
         raise ConfigError(f"{path}: boundary_ratio={boundary} is not between 0 and 1: Wan 2.2 has 0.875 or 0.9")
     return boundary
+
+
+def starts_from_frames(folder: str | Path) -> bool:
+    """Whether the pipeline takes a first frame in place of noise, with a t for each token: Wan 2.2 TI2V."""
+    path = Path(folder) / PIPELINE
+    return path.is_file() and _read_json(path).get("expand_timesteps") is True
+
+
+def sampler_shift(folder: str | Path) -> float:
+    """The shift that the pipeline's scheduler gives to t; 5, Wan's own for 720p, where it states none."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    values = _read_json(path) if path.is_file() else {}
+    shift = next((values[name] for name in ("flow_shift", "shift") if name in values), 5.0)
+    if not isinstance(shift, int | float) or not shift > 0:
+        raise ConfigError(f"{path}: shift={shift!r} is not above 0: download it again")
+    return float(shift)
 
 
 class WanWeights:
@@ -148,7 +166,7 @@ class WanWeights:
                 view.copy_(self.read(name, start, view.numel()))
 
 
-def save_wan(model: VideoDiT, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_wan(model: VideoDiT, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes a folder that `WanTransformer3DModel.from_pretrained` loads; complete or absent.
 
     Args:
@@ -160,30 +178,84 @@ def save_wan(model: VideoDiT, folder: str | Path, max_shard_bytes: int = 5_000_0
         ConfigError: something stands in `folder`, or the model has something that diffusers' class has not.
         ValueError: parameters are not whole here (partitioned, or on the meta device).
     """
-    target = Path(folder)
-    config = to_diffusers(model.config)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists: give a folder that does not")
-    shapes, parameters = their_shapes(model.config), dict(model.named_parameters())
-    for name, shape in shapes.items():
+    parameters = dict(model.named_parameters())
+    for name, shape in their_shapes(model.config).items():
         parameter = parameters[name]
         if parameter.is_meta or parameter.numel() != _num_elements(shape):
             raise ValueError(f"{name} is not whole here ({tuple(parameter.shape)}): gather the model first")
+    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
+    write_wan(model.config, sizes, lambda name: parameters[name], folder, max_shard_bytes)
+
+
+def write_wan(
+    config: ModelConfig,
+    sizes: dict[str, int],
+    read: Callable[[str], Tensor],
+    folder: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`save_wan` of a model that need not be in memory: the tensors of one file are read, written, forgotten.
+
+    Args:
+        config: of the model.
+        sizes: bytes of each of its parameters, by our names.
+        read: gives the whole parameter of a name.
+        folder: as for `save_wan`.
+        max_shard_bytes: as for `save_wan`.
+    """
+    settings = json.dumps(to_diffusers(config), indent=2) + "\n"
+    shapes = their_shapes(config)
+    names = {their_name(name): name for name in shapes}
+
+    def read_theirs(name: str) -> Tensor:
+        return read(names[name]).reshape(shapes[names[name]])
+
+    their_sizes = {name: sizes[ours] for name, ours in names.items()}
+    write_tensors(folder, STEM, their_sizes, read_theirs, {CONFIG: settings}, max_shard_bytes)
+
+
+def write_tensors(
+    folder: str | Path,
+    stem: str,
+    sizes: dict[str, int],
+    read: Callable[[str], Tensor],
+    texts: dict[str, str],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes STEM.safetensors, or STEM-00001-of-… and their index.json, and text files; complete or absent.
+
+    Args:
+        folder: must not exist, or be empty.
+        stem: of the file names.
+        sizes: bytes of each tensor, by name.
+        read: gives the tensor of a name.
+        texts: further files: name and content.
+        max_shard_bytes: of one file; a larger tensor is a file of its own.
+
+    Raises:
+        ConfigError: something stands in `folder`, or it cannot be written.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists: give a folder that does not")
     temporary = target.parent / f".writing-{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-    temporary.mkdir(parents=True)
-    shards = list(_shards({name: parameters[name] for name in shapes}, max_shard_bytes))
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error.strerror}): give another folder") from error
+    shards = list(_shards(sizes, max_shard_bytes))
     places: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {their_name(n): parameters[n].detach().cpu().reshape(shapes[n]).contiguous() for n in names}
+        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: read(name).detach().cpu().contiguous() for name in names}
         save_file(tensors, temporary / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
+        places |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(parameter.nbytes for parameter in parameters.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+        (temporary / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name, text in texts.items():
+        (temporary / name).write_text(text)
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
     temporary.rename(target)
@@ -267,16 +339,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _shards(parameters: dict[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
-    """Names of neighbouring parameters that stay within `max_bytes` together."""
+def _shards(sizes: dict[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Names of neighbouring tensors that stay within `max_bytes` together."""
     names: list[str] = []
     held = 0
-    for name, parameter in parameters.items():
-        if names and held + parameter.nbytes > max_bytes:
+    for name, size in sizes.items():
+        if names and held + size > max_bytes:
             yield names
             names, held = [], 0
         names.append(name)
-        held += parameter.nbytes
+        held += size
     yield names
 
 
