@@ -46,3 +46,7 @@ class DiffusionConfig:
     min_t: float = 0.05
     # The summed error is divided by the step's planned number of tokens or of samples.
     counted_by: CountedBy = CountedBy.tokens
+    # Share of the clips whose first frame is known (image to video). Where the model has condition_channels, it is
+    # given beside the noise, and the share is 1. Otherwise the first latent frame stands there clean, with t = 0, and
+    # the error is that of the other tokens; images, which are nothing but a first frame, stay noisy.
+    first_frame_probability: float = 0.0
