@@ -55,7 +55,7 @@ class CompiledForward:
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         self._forward: Callable[..., Tensor] = torch.compile(Block.forward, dynamic=True, backend=backend)
-        self._has_failed = False
+        self.has_failed = False  # blocks run as they are
 
     def of(self, block: Block) -> Callable[..., Tensor]:
         """The forward of one block."""
@@ -63,7 +63,7 @@ class CompiledForward:
         def forward(tokens_LD: Tensor, text_MD: Tensor, modulation_R6D: Tensor, *others: Any) -> Tensor:
             images = [rows for rows in others if isinstance(rows, Tensor)]
             has_single_row = min(rows.shape[0] for rows in (tokens_LD, text_MD, *images)) == 1
-            if self._has_failed or has_single_row or not torch.is_grad_enabled():
+            if self.has_failed or has_single_row or not torch.is_grad_enabled():
                 return Block.forward(block, tokens_LD, text_MD, modulation_R6D, *others)
             if modulation_R6D.shape[0] == 1:
                 # A view of rows, as it was: the compiler tells views from tensors of their own.
@@ -86,9 +86,9 @@ class CompiledForward:
             except (torch.OutOfMemoryError, dist.DistError):  # the block's own, and no rank repeats a collective alone
                 raise
             except RuntimeError as error:
-                if self._has_failed:
+                if self.has_failed:
                     raise
-                self._has_failed, reason = True, error
+                self.has_failed, reason = True, error
             out = run_block(block, *inputs)
             _warn(reason)
             return out
