@@ -30,7 +30,9 @@ from sora_train.encoders.video_codec import VideoCodec, build_codec
 from sora_train.generation import EncodeText, Request, check_sizes, generate
 from sora_train.models.attention import apply_core
 from sora_train.models.video_dit import VideoDiT
-from sora_train.training.checkpoint import latest_checkpoint, load_weights, read_manifest
+from sora_train.training.checkpoint_reading import latest_checkpoint, load_weights
+from sora_train.training.fragment_files import read_manifest
+from sora_train.training.places import Folder
 
 RECORD = "samples.jsonl"
 
@@ -43,7 +45,7 @@ class TrainedRun:
     model: VideoDiT
     codec: VideoCodec
     encode_text: EncodeText
-    checkpoint: Path
+    checkpoint: Folder
     step: int
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Frames]:

@@ -75,7 +75,7 @@ def main(config: TrainConfig) -> None:
     stop = AgreedStop()
     saved = state
 
-    while state.step < config.steps and not stop.agreed():
+    while state.step < config.steps and not stop.agreed(checkpoints.has_failed):
         rate = learning_rate(state.step, config.steps, config.optim)
         set_learning_rate(engine, rate)
 
@@ -94,19 +94,20 @@ def main(config: TrainConfig) -> None:
         is_save = due(config.checkpoint.save_every, state) or state.step == config.steps
         if is_save or due(config.tracking.log_every, state):
             means = metrics.reduce()
-            tracker.log(state.step, means, {"learning_rate": rate, **gradient_norm(engine)})
+            tracker.log(state.step, means, {"learning_rate": rate, **gradient_norm(engine), **checkpoints.figures()})
             quarantine.check(means.failed, means.clips)
         with metrics.paused():  # throughput is that of training
             if due(config.validation.evaluate_every, state):
                 validation.run(ema, tracker, state.step)
             if is_save:
-                checkpoints.save(state)
+                checkpoints.save(state)  # waits for the copy alone: it is written while training goes on
                 saved = state
 
     if metrics.has_steps:
         tracker.log(state.step, metrics.reduce(), {})
     if state != saved:  # a signal came between two checkpoints
         checkpoints.save(state)
+    checkpoints.wait()
     tracker.close()
     loader.close()
     run.close_run_dir(run_dir, world, "finished" if state.step >= config.steps else "stopped", state.step)

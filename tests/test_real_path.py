@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from sora_train.data.index import open_dataset
-from sora_train.training.checkpoint import complete_checkpoints, read_manifest
+from sora_train.training.checkpoint_folders import complete_checkpoints
+from sora_train.training.fragment_files import read_manifest
 from sora_train.training.tracking import METRICS, read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]

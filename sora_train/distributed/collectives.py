@@ -15,12 +15,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_facts(fact: Fact) -> list[Fact]:
-    """Every rank's fact (small, picklable), in rank order, on every rank."""
+def gather_facts(fact: Fact, group: dist.ProcessGroup | None = None) -> list[Fact]:
+    """Every rank's fact (small, picklable), in rank order, on every rank.
+
+    Args:
+        group: of all ranks, where the exchange is not the training thread's: threads must not share a group.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [fact]
     facts: list[Fact | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(facts, fact)
+    dist.all_gather_object(facts, fact, group=group)
     return facts  # type: ignore[return-value]
 
 

@@ -5,21 +5,23 @@
         manifest.json               sizes and SHA-256 of the files, shapes of the parameters, step, seed, config, …
         quarantine.jsonl            what could not be decoded up to here
 
-A save writes everything into a hidden folder beside, syncs it to disk, and renames it: a kill at any instant leaves
-the checkpoints that were complete. A load takes the newest one whose every byte is as its manifest says.
+A save copies this rank's part of the state into host memory, which is all that training waits for. A thread on each
+rank then writes it; once all have, rank 0's makes the checkpoint complete in one instant (`checkpoint_folders`), so a
+kill at any moment leaves those that were. A load takes the newest one whose every byte is as its manifest says.
+
+    python -m sora_train.training.checkpoint list|verify|inspect DIR
 """
 
+import hashlib
 import json
 import logging
-import re
-import shutil
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sora_train.config.checkpoint import CheckpointConfig
@@ -27,21 +29,27 @@ from sora_train.config.root import ConfigError
 from sora_train.distributed.collectives import barrier, gather_facts
 from sora_train.distributed.partitions import Fragment, apply_loaded, optimizer_steps, reset_optimizer
 from sora_train.distributed.topology import World
+from sora_train.training.checkpoint_folders import (
+    apply_retention,
+    complete_checkpoints,
+    folder_of,
+    reading,
+    store_at,
+)
+from sora_train.training.checkpoint_reading import check_same_model
 from sora_train.training.ema import Ema
 from sora_train.training.fragment_files import (
     FORMAT_VERSION,
-    MANIFEST,
+    LEDGER,
     DamagedCheckpointError,
     PieceReader,
     digest,
-    entry_of,
     read_manifest,
-    sync,
     verify,
 )
-
-LEDGER = "quarantine.jsonl"
-_STEP = re.compile(r"step-(\d{8})")
+from sora_train.training.host_copy import HostCopy
+from sora_train.training.places import Folder, new_file
+from sora_train.training.writers import SaveError, Writers
 
 log = logging.getLogger(__name__)
 
@@ -71,97 +79,140 @@ class Checkpoints:
         ema: Ema,
         facts: dict[str, Any],
     ) -> None:
-        """`facts` go into every manifest: the resolved config, fingerprints of code and data."""
-        self.folder = run_dir / "checkpoints"
+        """`facts` go into every manifest: the resolved config, fingerprints of code and data. Every rank must build it
+        at the same point."""
+        self.folder = folder_of(run_dir, config)
         self.ledger = run_dir / LEDGER
         self.config = config
         self.world = world
         self.engine, self.held, self.ema = engine, held, ema
         self.facts = facts
+        self._store = store_at(self.folder)
+        self._shapes = _shapes_of(engine.module)
+        self._copy = HostCopy(self._written(), world.device)
+        self._writers = Writers(world)
+        self._blocked_seconds = 0.0
+        self._is_told = True  # whether the figures of the last save were
 
     # --- saving
 
-    def save(self, state: TrainState) -> Path:
-        """Writes the checkpoint of `state`; on return it is complete on disk. Every rank must call it.
+    def save(self, state: TrainState) -> Folder:
+        """Copies the state and begins to write it; training may go on. Returns where the checkpoint will be. Every rank
+        must call it; a save that is still being written is waited for first.
 
         Raises:
-            FloatingPointError: something of it is not finite; on all ranks alike, and nothing is written.
+            FloatingPointError, SaveError: the save before has failed, see `wait`.
         """
-        tensors = self._tensors()
-        if broken := next(filter(None, gather_facts(_not_finite(tensors))), None):
-            raise FloatingPointError(
-                f"{broken} is not finite after step {state.step}, which is not saved: run the command again to go on "
-                "from the checkpoint before, with a lower optim.learning_rate"
-            )
-        final = self.folder / f"step-{state.step:08d}"
-        temporary = self.folder / f".writing-{final.name}"
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while writing
-            temporary.mkdir(parents=True)
-        barrier()
-        path = temporary / f"rank-{self.world.global_rank:05d}.safetensors"
-        save_file(tensors, path)
-        sync(path)
-        entries = gather_facts(entry_of(path))
-        pieces = gather_facts([(f.name, f.start + f.written[0], f.start + f.written[1]) for f in self.held])
-        shapes = _shapes_of(self.engine.module)
-        if self.world.is_main:
-            self._commit(temporary, final, state, entries, pieces, shapes)
-        barrier()
-        return final
+        began = time.perf_counter()
+        if self._writers.is_busy:
+            log.info("%s is still being written: the next one waits for it", self._writers.what)
+        self.wait()
+        self._copy.take(self._written())
+        steps = optimizer_steps(self.engine)
+        self._writers.start(f"the checkpoint of step {state.step}", lambda: self._write(state, steps))
+        self._blocked_seconds, self._is_told = time.perf_counter() - began, False
+        return self.folder / f"step-{state.step:08d}"
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+    def wait(self) -> None:
+        """Until nothing is being written. Every rank must call it.
+
+        Raises:
+            FloatingPointError: something of the state was not finite; on all ranks alike, and nothing was saved.
+            SaveError: a disk or a store did not take it; on all ranks alike, and nothing is left of it.
+        """
+        self._writers.wait()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save is known to have failed, which `wait` or `save` will raise: training should come to its end."""
+        return self._writers.has_failed
+
+    def figures(self) -> dict[str, float]:
+        """Of the last save, once after it has ended: seconds that training waited for it, and that it took in all."""
+        if self._is_told or self._writers.is_busy:
+            return {}
+        self._is_told = True
+        return {
+            "checkpoint_blocked_seconds": self._blocked_seconds,
+            "checkpoint_seconds": self._blocked_seconds + self._writers.seconds,
+        }
+
+    def _kept(self) -> Iterator[tuple[Fragment, dict[str, Tensor]]]:
+        """Each piece, and what a checkpoint keeps of it by kind."""
         for fragment, average in zip(self.held, self.ema.averages, strict=True):
+            yield fragment, {"master": fragment.master, "ema": average, **fragment.states}
+
+    def _written(self) -> list[tuple[str, Tensor]]:
+        """What this rank writes, live, in the order of its file."""
+        tensors = []
+        for fragment, kinds in self._kept():
             first, last = fragment.written
-            if first == last:
-                continue
-            for kind, values in {"master": fragment.master, "ema": average, **fragment.states}.items():
-                tensors[f"{kind}/{fragment.name}@{fragment.start + first}"] = values[first:last].detach().cpu().clone()
+            for kind, values in kinds.items() if first < last else ():
+                tensors.append((f"{kind}/{fragment.name}@{fragment.start + first}", values.detach()[first:last]))
         return tensors
 
-    def _commit(
-        self,
-        temporary: Path,
-        final: Path,
-        state: TrainState,
-        entries: list[Any],
-        pieces: list[Any],
-        shapes: dict[str, Any],
-    ) -> None:
+    # The rest of saving runs on the writers' threads and reads no tensor of the training's.
+
+    def _write(self, state: TrainState, steps: int) -> None:
+        try:
+            self._writers.together(lambda: self._store.prepare(state.step) if self.world.is_main else None)
+            try:
+                parts = self._writers.together(lambda: self._write_part(state))
+                self._writers.together(lambda: self._commit(state, steps, parts) if self.world.is_main else None)
+            except (FloatingPointError, SaveError):  # all ranks have stopped writing
+                if self.world.is_main:
+                    with suppress(OSError):  # what went wrong first is what is told
+                        self._store.discard(state.step)
+                raise
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error} is not finite after step {state.step}, which is not saved: run the command again to go on "
+                "from the checkpoint before, with a lower optim.learning_rate"
+            ) from error
+        except SaveError as error:
+            kept = complete_checkpoints(self.folder)[:1]
+            before = f"{kept[0]} is the last good one" if kept else "there is none before it"
+            raise SaveError(
+                f"the checkpoint of step {state.step} could not be written: {error}; {before}: mend that, then run the "
+                "same command again"
+            ) from error
+
+    def _write_part(self, state: TrainState) -> dict[str, Any]:
+        name = f"rank-{self.world.global_rank:05d}.safetensors"
+        with new_file(self._store.writing(state.step) / name) as file:
+            entry = {"name": name, **self._copy.write(file)}
+        pieces = [(f.name, f.start + f.written[0], f.start + f.written[1]) for f in self.held]
+        return {"entry": entry, "pieces": pieces}
+
+    def _commit(self, state: TrainState, steps: int, parts: list[dict[str, Any]]) -> None:
+        entries = [part["entry"] for part in parts]
         if self.ledger.exists():
-            shutil.copyfile(self.ledger, temporary / LEDGER)
-            sync(temporary / LEDGER)
-            entries.append(entry_of(temporary / LEDGER))
+            entries.append(self._write_ledger(state))
         manifest = {
             "format_version": FORMAT_VERSION,
+            "saved_at": time.time(),
             "step": state.step,
             "world_size": self.world.world_size,
-            "optimizer_steps": optimizer_steps(self.engine),
+            "optimizer_steps": steps,
             "files": entries,
-            "parameters": shapes,
-            "pieces": pieces,
+            "parameters": self._shapes,
+            "pieces": [part["pieces"] for part in parts],
             **self.facts,
         }
         manifest["sha256"] = digest(manifest)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        for later in complete_checkpoints(self.folder):
-            # A checkpoint of this step or a later one was damaged, or this run would have gone on from it: kept, out of
-            # the way, or it would count as one of the newest and push whole ones out.
-            if later.name >= final.name:
-                later.rename(_free_name(self.folder / f"replaced-{later.name}"))
-        if final.exists():  # without a manifest
-            final.rename(_free_name(self.folder / f"replaced-{final.name}"))
-        temporary.rename(final)
-        sync(self.folder)
-        for old in self._beyond_retention():
-            shutil.rmtree(old)
+        self._store.commit(state.step, json.dumps(manifest, sort_keys=True))
+        try:
+            apply_retention(self._store, self.config)
+        except OSError as error:
+            log.warning("an old checkpoint in %s could not be removed: %s", self.folder, error)
 
-    def _beyond_retention(self) -> list[Path]:
-        kept = complete_checkpoints(self.folder)
-        return kept[self.config.keep :] if self.config.keep > 0 else []
+    def _write_ledger(self, state: TrainState) -> dict[str, Any]:
+        """The ledger as it was at the step: all ranks have added what failed before it, some may be ahead."""
+        lines = [line for line in self.ledger.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+        text = "".join(line + "\n" for line in lines if json.loads(line)["step"] < state.step).encode()
+        with new_file(self._store.writing(state.step) / LEDGER) as file:
+            file.write(text)
+        return {"name": LEDGER, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
 
     # --- loading
 
@@ -171,7 +222,8 @@ class Checkpoints:
         Raises:
             ConfigError: the checkpoint is of another model, or all there are are damaged.
         """
-        found = complete_checkpoints(self.folder)
+        names = gather_facts([path.name for path in complete_checkpoints(self.folder)])[0]  # what rank 0 sees counts
+        found = [self.folder / name for name in names]
         for folder in found:
             if problem := self._agreed_problem(folder):
                 if self.world.is_main:
@@ -186,7 +238,7 @@ class Checkpoints:
         reset_optimizer(self.engine)
         return TrainState()
 
-    def _agreed_problem(self, folder: Path) -> str | None:
+    def _agreed_problem(self, folder: Folder) -> str | None:
         """What is wrong with a checkpoint; each rank reads a share of the files and all come to one answer."""
         problem = None
         try:
@@ -195,77 +247,19 @@ class Checkpoints:
             problem = str(error)
         return next((found for found in gather_facts(problem) if found), None)
 
-    def _load(self, folder: Path) -> TrainState:
+    def _load(self, folder: Folder) -> TrainState:
         manifest = read_manifest(folder)
         shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
-        check_same_model(shapes, _shapes_of(self.engine.module), folder)
-        reader = PieceReader(folder, manifest)
-        for fragment, average in zip(self.held, self.ema.averages, strict=True):
-            for kind, into in {"master": fragment.master, "ema": average, **fragment.states}.items():
-                reader.fill(kind, fragment.name, fragment.start, into)
-        reader.close()
+        check_same_model(shapes, self._shapes, folder)
+        with reading(folder):
+            reader = PieceReader(folder, manifest)
+            for fragment, kinds in self._kept():
+                for kind, into in kinds.items():
+                    reader.fill(kind, fragment.name, fragment.start, into)
+            reader.close()
         apply_loaded(self.engine, manifest["optimizer_steps"])
         barrier()
         return TrainState(step=manifest["step"])
-
-
-def latest_checkpoint(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run; `run_dir` may also be a checkpoint itself.
-
-    Raises:
-        ConfigError: there is none, or the checkpoint given is damaged.
-    """
-    if (run_dir / MANIFEST).exists():
-        try:
-            verify(run_dir)
-        except DamagedCheckpointError as error:
-            raise ConfigError(f"{run_dir} is damaged ({error}): give another checkpoint or the run itself") from error
-        return run_dir
-    for folder in complete_checkpoints(run_dir / "checkpoints"):
-        try:
-            verify(folder)
-            return folder
-        except DamagedCheckpointError as error:
-            log.warning("%s is damaged (%s): trying the one before", folder, error)
-    raise ConfigError(f"{run_dir} holds no whole checkpoint: give the directory of a run that has saved one")
-
-
-def load_weights(checkpoint: Path, model: nn.Module, kind: str = "ema") -> int:
-    """Fills a model on one process from a checkpoint of any world size; returns the checkpoint's step.
-
-    Args:
-        kind: "ema" for the averaged weights, "master" for the plain ones.
-
-    Raises:
-        ConfigError: the checkpoint is of another model.
-    """
-    manifest = read_manifest(checkpoint)
-    shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
-    check_same_model(shapes, {name: tuple(p.shape) for name, p in model.named_parameters()}, checkpoint)
-    reader = PieceReader(checkpoint, manifest)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            flat = torch.empty(parameter.numel())
-            reader.fill(kind, name, 0, flat)
-            parameter.copy_(flat.view_as(parameter))
-    reader.close()
-    return int(manifest["step"])
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest first."""
-    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, reverse=True)
-
-
-def check_same_model(saved: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Raises ConfigError naming the first parameter in which a checkpoint and a model differ."""
-    for name in sorted(saved.keys() | built.keys()):
-        if saved.get(name) != built.get(name):
-            raise ConfigError(
-                f"{folder} is a checkpoint of another model: {name} is {saved.get(name, 'absent')} there and "
-                f"{built.get(name, 'absent')} in this config; use its model settings or another run_dir"
-            )
 
 
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -273,17 +267,7 @@ def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained}
 
 
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The first tensor that holds an infinity or a nan."""
-    return next((name for name, values in tensors.items() if not values.isfinite().all()), None)
+if __name__ == "__main__":
+    from sora_train.training.checkpoint_command import app
 
-
-def _free_name(path: Path) -> Path:
-    def names() -> Iterator[Path]:
-        yield path
-        number = 1
-        while True:
-            number += 1
-            yield path.with_name(f"{path.name}-{number}")
-
-    return next(name for name in names() if not name.exists())
+    app()

@@ -13,22 +13,35 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from sora_train.config.root import ConfigError
+from sora_train.training.places import Folder, open_tensors, size_of
+
+# Raised by whoever changes what a reader must know; the code then says from which on it still reads.
 FORMAT_VERSION = 1
+OLDEST_READABLE = 1
 MANIFEST = "manifest.json"
+# Beside the tensors of a checkpoint: what could not be decoded up to it. Also the name of the run's own.
+LEDGER = "quarantine.jsonl"
 
 
 class DamagedCheckpointError(Exception):
     """A file of a checkpoint is not as its manifest says; the message names it."""
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+class OtherFormatError(ConfigError):
+    """A folder is whole, but not of a format that this code reads."""
+
+
+def read_manifest(folder: Folder) -> dict[str, Any]:
     """The manifest of a committed checkpoint.
 
     Raises:
-        DamagedCheckpointError: it does not parse, has changed since it was written, or is of another format version.
+        DamagedCheckpointError: it does not parse, or has changed since it was written.
+        OtherFormatError: it is of a version that this code does not read. Nobody falls back from it to an older one:
+            the newer would be lost from sight.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
@@ -37,40 +50,62 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{MANIFEST}: {error!r}") from error
     if written != digest(manifest):
         raise DamagedCheckpointError(f"{MANIFEST} has another SHA-256 than when it was written")
-    if version != FORMAT_VERSION:
-        raise DamagedCheckpointError(f"{MANIFEST}: format_version {version}, this code reads {FORMAT_VERSION}")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise OtherFormatError(
+            f"{folder} has format_version {version}, this sora_train reads up to {FORMAT_VERSION}: use the one that "
+            "wrote it, or a newer one"
+        )
+    if version < OLDEST_READABLE:
+        raise OtherFormatError(
+            f"{folder} has format_version {version}, this sora_train reads {OLDEST_READABLE} and later: load it with the "
+            "one that wrote it and save it again with one that reads both, or choose another run_dir"
+        )
     return manifest
 
 
-def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
+def verify(folder: Folder, share: int = 0, shares: int = 1) -> None:
     """Compares sizes and SHA-256 of every `shares`-th file with the manifest.
 
     Raises:
         DamagedCheckpointError: naming the first file that differs or is missing.
     """
     for entry in read_manifest(folder)["files"][share::shares]:
-        name = entry["name"]
-        if Path(name).name != name:
-            raise DamagedCheckpointError(f"{name!r} is no plain file name")
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpointError(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        if sha256_of(path) != entry["sha256"]:
-            raise DamagedCheckpointError(f"{name} has another SHA-256 than when it was written")
+        try:
+            name, size, sha256 = str(entry["name"]), entry["bytes"], entry["sha256"]
+            check_file(folder, name, size)
+            if sha256_of(folder / name) != sha256:
+                raise DamagedCheckpointError(f"{name} has another SHA-256 than when it was written")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedCheckpointError(f"{entry}: {error!r}") from error
 
 
-def sha256_of(path: Path) -> str:
+def check_file(folder: Folder, name: str, size: int) -> None:
+    """What can be said of a file without reading it.
+
+    Raises:
+        DamagedCheckpointError: it is missing, of another size, a link, or named as no file in this folder is.
+    """
+    if Path(name).name != name:
+        raise DamagedCheckpointError(f"{name!r} is no plain file name")
+    path = folder / name
+    if isinstance(path, Path) and path.is_symlink():
+        raise DamagedCheckpointError(f"{name} is a link, not a file")
+    if not path.is_file():
+        raise DamagedCheckpointError(f"{name} is missing")
+    if size_of(path) != size:
+        raise DamagedCheckpointError(f"{name} has {size_of(path)} bytes instead of {size}")
+
+
+def sha256_of(path: Folder) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 class PieceReader:
     """Reads any stretch of any flattened parameter from the pieces that ranks wrote."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
         self._pieces: dict[str, list[tuple[int, int, str]]] = {}
         names = [entry["name"] for entry in manifest["files"]]
         for file_name, pieces in zip(names, manifest["pieces"], strict=False):  # the ledger comes after the ranks
@@ -98,7 +133,7 @@ class PieceReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = safe_open(self._folder / name, framework="pt").__enter__()
+            self._open[name] = open_tensors(self._folder / name).__enter__()
         return self._open[name]
 
     def close(self) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from sora_train.config.root import ConfigError
 from sora_train.data.pack import Failure
-from sora_train.training.checkpoint import LEDGER, complete_checkpoints
+from sora_train.training.checkpoint_folders import complete_checkpoints
+from sora_train.training.fragment_files import LEDGER
+from sora_train.training.places import Folder
 
 # Fewer clips than this say nothing about a share.
 ENOUGH_CLIPS = 100
@@ -59,18 +61,18 @@ class Quarantine:
             )
 
 
-def restore_ledger(run_dir: Path) -> None:
+def restore_ledger(run_dir: Path, checkpoints: Folder) -> None:
     """Adds what the newest checkpoint's ledger holds and the run directory's has lost. For one rank, at the start."""
     known = {_place(row) for row in read_ledger(run_dir / LEDGER)}
-    for folder in complete_checkpoints(run_dir / "checkpoints")[:1]:
+    for folder in complete_checkpoints(checkpoints)[:1]:
         for row in read_ledger(folder / LEDGER):
             if _place(row) not in known:
                 _append(run_dir / LEDGER, row)
 
 
-def read_ledger(path: Path) -> list[dict[str, Any]]:
+def read_ledger(path: Folder) -> list[dict[str, Any]]:
     """The whole lines of a ledger. One that a kill cut off is passed over: its clip fails and is written again."""
-    if not path.exists():
+    if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
 

@@ -1,4 +1,4 @@
-"""Stopping: a signal that reaches any rank stops all of them after the same step, with a checkpoint."""
+"""Stopping: a signal that reaches any rank, or a rank that cannot go on, stops all of them after the same step."""
 
 import signal
 from types import FrameType
@@ -27,14 +27,19 @@ class AgreedStop:
     def _wish(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
 
-    def agreed(self) -> bool:
-        """Whether all ranks stop before the step that would begin now. Every rank must call it once a step."""
+    def agreed(self, wishes: bool = False) -> bool:
+        """Whether all ranks stop before the step that would begin now. Every rank must call it once a step.
+
+        Args:
+            wishes: this rank has a reason of its own to stop.
+        """
+        wishes = wishes or self.signal_number is not None
         if self._group is None:
-            return self.signal_number is not None
+            return wishes
         if self._answer is not None:
             self._answer.wait()
             if self._wishes.item() > 0:
                 return True
-        self._wishes = torch.tensor([int(self.signal_number is not None)])
+        self._wishes = torch.tensor([int(wishes)])
         self._answer = dist.all_reduce(self._wishes, group=self._group, async_op=True)
         return False

@@ -24,8 +24,10 @@ from sora_train.distributed.topology import World
 from sora_train.encoders.video_codec import codec_shape
 from sora_train.generation import check_sizes
 from sora_train.models.video_dit import check_model
-from sora_train.training.checkpoint import DamagedCheckpointError, complete_checkpoints, read_manifest
+from sora_train.training.checkpoint_folders import complete_checkpoints, folder_of
+from sora_train.training.fragment_files import DamagedCheckpointError, read_manifest
 from sora_train.training.initial_weights import check_initial
+from sora_train.training.places import Folder
 from sora_train.training.quarantine import restore_ledger
 from sora_train.training.validation import validation_requests
 
@@ -100,7 +102,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
     """
     check_limits(config)
     check_model(config.model)
-    if not complete_checkpoints(Path(config.run_dir) / "checkpoints"):  # a run that goes on has its own
+    if not complete_checkpoints(folder_of(Path(config.run_dir), config.checkpoint)):  # a run that goes on has its own
         check_initial(config.init, config.model, config.diffusion.timesteps)
     channels = codec_shape(config.codec).channels
     for name in ("in_channels", "out_channels"):
@@ -136,7 +138,7 @@ def open_run_dir(config: TrainConfig, world: World) -> Path:
         save_config(config, run_dir / "config.yaml")
         write_status(run_dir, "running", None)
         atexit.register(write_status, run_dir, "failed", None)  # a run that ends well leaves before that
-        restore_ledger(run_dir)
+        restore_ledger(run_dir, folder_of(run_dir, config.checkpoint))
     barrier()
     return run_dir
 
@@ -159,7 +161,7 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
     for name in config.allow_changes:
         if name not in known and name != "data":
             raise ConfigError(f"allow_changes: {name} is not a setting")
-    old_facts = _newest_manifest(Path(config.run_dir))
+    old_facts = _newest_manifest(folder_of(Path(config.run_dir), config.checkpoint))
     if old_facts is not None:
         old, new = flatten(old_facts["config"]), flatten(new_facts["config"])
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -190,9 +192,9 @@ def _setting(key: str, known: list[str]) -> str:
     return key
 
 
-def _newest_manifest(run_dir: Path) -> dict[str, Any] | None:
+def _newest_manifest(checkpoints: Folder) -> dict[str, Any] | None:
     """Of the newest checkpoint that has one; a damaged manifest is passed over, as `Checkpoints.load_latest` will."""
-    for folder in complete_checkpoints(run_dir / "checkpoints"):
+    for folder in complete_checkpoints(checkpoints):
         try:
             return read_manifest(folder)
         except DamagedCheckpointError:

@@ -147,6 +147,7 @@ def resumes_bitwise(world: World, folder: Path, stage: int, precision: Precision
     first = Run(world, folder / "resumed", stage, precision)
     first.train(2)
     first.checkpoints.save(first.state)
+    first.checkpoints.wait()
     second = Run(world, folder / "resumed", stage, precision)
     started_at = second.state.step
     second.train(STEPS)
@@ -163,6 +164,7 @@ def resumes_elsewhere(world: World, folder: Path, stage: int, precision: Precisi
     writer = Run(world, folder, 3 - stage, precision)
     writer.train(2)
     writer.checkpoints.save(writer.state)
+    writer.checkpoints.wait()
     reader = Run(world, folder, stage, precision)
     reader.train(STEPS)
     losses, _, average = reference(STEPS)
@@ -178,10 +180,12 @@ def falls_back(world: World, folder: Path, stage: int, precision: Precision) -> 
     run = Run(world, folder, stage, precision)
     run.train(1)
     run.checkpoints.save(run.state)
+    run.checkpoints.wait()
     started = []
     for damage in ("flip", "cut", "manifest", "missing"):
         run.state = TrainState(2)
         newest = run.checkpoints.save(run.state)
+        run.checkpoints.wait()
         if world.is_main:
             hurt(newest, damage)
         barrier()
@@ -219,6 +223,7 @@ def continues(world: World, folder: Path, stage: int, precision: Precision) -> d
     started_at = run.state.step
     run.train(started_at + 2)
     run.checkpoints.save(run.state)
+    run.checkpoints.wait()
     losses, _, average = reference(started_at + 2)
     whole = run.whole()
     return {

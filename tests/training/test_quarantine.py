@@ -7,7 +7,7 @@ import pytest
 
 from sora_train.config.root import ConfigError
 from sora_train.data.pack import Failure
-from sora_train.training.checkpoint import LEDGER, MANIFEST
+from sora_train.training.fragment_files import LEDGER, MANIFEST
 from sora_train.training.quarantine import Quarantine, read_ledger, restore_ledger
 
 FIRST, SECOND = Failure("clip-1", "a.tar", "frame_count"), Failure("clip-2", "a.tar", "decode")
@@ -45,10 +45,10 @@ def test_a_lost_ledger_comes_back_from_the_checkpoint_and_a_longer_one_stays(tmp
     (folder / MANIFEST).write_text("{}")
     (folder / LEDGER).write_bytes((tmp_path / LEDGER).read_bytes())
     Quarantine(tmp_path, 0.05).add(7, [SECOND])  # after the checkpoint: known when step 7 is done again
-    restore_ledger(tmp_path)
+    restore_ledger(tmp_path, tmp_path / "checkpoints")
     assert places(tmp_path) == [(3, "clip-1", "frame_count"), (7, "clip-2", "decode")]
     (tmp_path / LEDGER).unlink()
-    restore_ledger(tmp_path)
+    restore_ledger(tmp_path, tmp_path / "checkpoints")
     assert places(tmp_path) == [(3, "clip-1", "frame_count")]
 
 
