@@ -23,7 +23,11 @@ class AttentionKind(Enum):
     sdpa = "sdpa"  # torch scaled_dot_product_attention, one call a document; any device
     masked = "masked"  # one masked call over the whole pack: quadratic, the reference
     varlen = "varlen"  # torch.nn.attention.varlen, CUDA
-    flash = "flash"  # the flash-attn package, CUDA
+    flash2 = "flash2"  # the flash-attn package, CUDA
+    flash3 = "flash3"  # FlashAttention-3, built from source: Hopper
+    flash4 = "flash4"  # the flash-attn-4 package: Hopper, Blackwell
+    cudnn = "cudnn"  # SDPA a document on cuDNN's kernels, CUDA; a plan, in about a second, for each new length
+    flex = "flex"  # FlexAttention with a block mask, compiled, CUDA
 
 
 # Ranks of a sequence group.

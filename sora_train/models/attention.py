@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.config.parallel import AttentionKind
-from sora_train.models.attention_cores import Core, choose_core, sdpa_per_document
+from sora_train.models.attention_choice import choose_core
+from sora_train.models.attention_cores import Core, sdpa_per_document
 from sora_train.models.pack_layout import PackLayout
 from sora_train.models.rope import rotate
 

@@ -109,14 +109,19 @@ class PackLayout:
         """S."""
         return len(self.lengths)
 
-    @property
+    @functools.cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What an attention core works out of this layout once, such as a block mask; a copy begins with none."""
+        return {}
+
+    @functools.cached_property
     def of_text(self) -> "PackLayout":
         """The layout for self-attention among the text rows."""
         return PackLayout(
             self.text_lengths, self.text_lengths, self.cu_text, self.cu_text, self.sample_M, self.sample_M
         )
 
-    @property
+    @functools.cached_property
     def of_image(self) -> "PackLayout":
         """The layout for cross-attention to the image rows: they stand where the text rows stood."""
         if self.cu_image is None or self.sample_I is None:
