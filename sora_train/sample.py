@@ -1,7 +1,8 @@
-"""Generates videos from prompts with a trained run.
+"""Generates videos from prompts with a trained run, or with open Wan weights.
 
     python -m sora_train.sample RUN_DIR "a red circle, moving left (slowly)" "two cats" --frames 17
     python -m sora_train.sample RUN_DIR --prompts prompts.txt --height 128 --width 80 --seed 3
+    python -m sora_train.sample WAN_DIR "two cats" --image first_frame.png
 
 Each prompt becomes a numbered mp4 and a row of a contact sheet; samples.jsonl says what each was made from. Nothing is
 ever overwritten. Any prompt text works: arguments are plain, not configuration.
@@ -21,15 +22,28 @@ import typer
 from PIL import Image, ImageDraw
 
 from sora_train.config.command import fail
+from sora_train.config.data import DataConfig
+from sora_train.config.diffusion import DiffusionConfig
+from sora_train.config.encoders import CodecConfig, CodecKind, ImageEncoderConfig, TextEncoderConfig
 from sora_train.config.model import TextKind
 from sora_train.config.root import ConfigError, TrainConfig, build_config
-from sora_train.config.validation import SamplingConfig, Solver
+from sora_train.config.validation import SamplingConfig, Solver, ValidationConfig
 from sora_train.data.video_file import Frames, save_video
+from sora_train.encoders.first_frame import load_image_encoder
 from sora_train.encoders.text_encoder import load_text_encoder
-from sora_train.encoders.video_codec import VideoCodec, build_codec
-from sora_train.generation import EncodeText, Request, check_sizes, generate
+from sora_train.encoders.video_codec import VideoCodec, build_codec, codec_shape
+from sora_train.generation import EncodeImage, EncodeText, Experts, Request, check_images, check_sizes, generate
 from sora_train.models.attention import apply_core
 from sora_train.models.video_dit import VideoDiT
+from sora_train.models.wan_weights import (
+    EXPERTS,
+    PIPELINE,
+    WanWeights,
+    expert_boundary,
+    load_wan,
+    sampler_shift,
+    starts_from_frames,
+)
 from sora_train.training.checkpoint_reading import latest_checkpoint, load_weights
 from sora_train.training.fragment_files import read_manifest
 from sora_train.training.places import Folder
@@ -39,17 +53,24 @@ RECORD = "samples.jsonl"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What is needed to generate from a run."""
+    """What is needed to generate from a run, or from a Wan folder, which is one of no steps."""
 
     config: TrainConfig
-    model: VideoDiT
+    model: VideoDiT | Experts
     codec: VideoCodec
     encode_text: EncodeText
     checkpoint: Folder
     step: int
+    encode_image: EncodeImage | None = None
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises ConfigError for sizes and images that this model cannot use."""
+        check_sizes(requests, self.config.model, self.codec.shape)
+        takes_images = self.config.diffusion.first_frame_probability > 0
+        check_images(requests, self.config.model, takes_images)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Frames]:
-        """Videos for requests that `check_sizes` accepts, behind a progress bar."""
+        """Videos for requests that `check` accepts, behind a progress bar."""
         return generate(
             self.model,
             self.codec,
@@ -57,6 +78,7 @@ class TrainedRun:
             sampling,
             self.config.diffusion,
             encode_text=self.encode_text,
+            encode_image=self.encode_image,
             max_tokens_per_pack=self.config.data.max_tokens_per_pack,
             show_progress=True,
         )
@@ -67,27 +89,78 @@ class TrainedRun:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def open_run(run_dir: Path, device: torch.device) -> TrainedRun:
-    """The averaged weights of a run's newest checkpoint (or of the checkpoint given), ready to generate on `device`.
+def open_run(folder: Path, device: torch.device) -> TrainedRun:
+    """The averaged weights of a run's newest checkpoint, of the checkpoint given, or those of a Wan pipeline, ready to
+    generate on `device`.
 
     The configuration is the one the checkpoint was trained with, from its manifest.
 
     Raises:
-        ConfigError: no checkpoint there.
+        ConfigError: no checkpoint there, or parts of a pipeline are missing.
     """
-    checkpoint = latest_checkpoint(run_dir)
+    if (folder / PIPELINE).is_file():
+        return open_wan(folder, device)
+    checkpoint = latest_checkpoint(folder)
     config = build_config(TrainConfig, read_manifest(checkpoint)["config"])
-    model = VideoDiT(config.model)
-    step = load_weights(checkpoint, model)
-    is_half = device.type == "cuda" and config.parallel.precision.is_bf16
-    dtype = torch.bfloat16 if is_half else torch.float32
-    model = model.to(device, dtype).eval().requires_grad_(False)
-    apply_core(model, config.parallel.attention, device, dtype)
+    trained = VideoDiT(config.model)
+    step = load_weights(checkpoint, trained)
+    model: VideoDiT | Experts = trained
+    if config.init.expert is not None:
+        # Half of a sampler: the other half is the open one.
+        other = "low" if config.init.expert.value == "high" else "high"
+        pair = {config.init.expert.value: trained, other: load_wan(config.init.weights, other)}
+        boundary = expert_boundary(config.init.weights)
+        assert boundary is not None  # or it would not have two
+        model = Experts(pair["high"], pair["low"], boundary, device)
+    return _ready(config, model, device, checkpoint, step)
+
+
+def open_wan(folder: Path, device: torch.device) -> TrainedRun:
+    """The pipeline of a Wan folder, as `open_run` opens a run. Sizes, rate and shift are those Wan is sampled with."""
+    boundary = expert_boundary(folder)
+    experts = [None] if boundary is None else list(EXPERTS)
+    weights = [WanWeights(folder, expert) for expert in experts]
+    codec = CodecConfig(kind=CodecKind.diffusers, path=str(folder / "vae"))
+    is_small = codec_shape(codec).spatial_ratio <= 8  # Wan 2.2 TI2V has larger latents, for larger frames
+    has_frames = weights[0].config.condition_channels > 0 or starts_from_frames(folder)
+    config = TrainConfig(
+        model=weights[0].config,
+        codec=codec,
+        text_encoder=TextEncoderConfig(path=str(folder), pad_to_max=True),
+        image_encoder=ImageEncoderConfig(path=str(folder)),
+        diffusion=DiffusionConfig(first_frame_probability=float(has_frames)),
+        data=DataConfig(max_tokens_per_pack=65536),  # of 480p or 720p, one video with its unguided copy
+        validation=ValidationConfig(height=480, width=832, frames=81)
+        if is_small
+        else ValidationConfig(height=704, width=1280, frames=121, fps=24.0),
+        sampling=SamplingConfig(shift=sampler_shift(folder)),
+    )
+    dtype = _dtype(config, device)
+    models = [load_wan(folder, expert, dtype) for expert in experts]
+    model = models[0] if boundary is None else Experts(models[0], models[1], boundary, device)
+    return _ready(config, model, device, folder, 0)
+
+
+def _ready(
+    config: TrainConfig, model: VideoDiT | Experts, device: torch.device, place: Folder, step: int
+) -> TrainedRun:
+    """Everything frozen, in the precision that the device samples in; beside the model what it needs."""
+    dtype = _dtype(config, device)
+    for each in [model.high, model.low] if isinstance(model, Experts) else [model.to(device)]:
+        each.to(dtype=dtype).eval().requires_grad_(False)
+        apply_core(each, config.parallel.attention, device, dtype)
     codec = build_codec(config.codec, device)
     encode_text: EncodeText = list
     if config.model.text.kind is TextKind.encoder:
         encode_text = load_text_encoder(config.text_encoder, config.model.text.width, device, dtype).encode
-    return TrainedRun(config, model, codec, encode_text, checkpoint, step)
+    encode_image: EncodeImage | None = None
+    if config.model.image_width:
+        encode_image = load_image_encoder(config.image_encoder, config.model.image_width, device, dtype).encode
+    return TrainedRun(config, model, codec, encode_text, place, step, encode_image)
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" and config.parallel.precision.is_bf16 else torch.float32
 
 
 def best_device() -> torch.device:
@@ -96,7 +169,9 @@ def best_device() -> torch.device:
 
 
 def sample(
-    run_dir: Annotated[Path, typer.Argument(help="directory of a run, or one of its checkpoints")],
+    run_dir: Annotated[
+        Path, typer.Argument(help="directory of a run, one of its checkpoints, or a Wan pipeline of diffusers")
+    ],
     prompt: Annotated[list[str] | None, typer.Argument(help="one or more prompts")] = None,
     prompts: Annotated[Path | None, typer.Option(help="file with a prompt on each line")] = None,
     height: Annotated[int | None, typer.Option(help="pixels; default: the run's validation.height")] = None,
@@ -106,8 +181,11 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="of the sampler; default: the run's sampling.steps")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off")] = None,
     solver: Annotated[Solver | None, typer.Option(help="default: the run's sampling.solver")] = None,
+    image: Annotated[Path | None, typer.Option(help="first frame, where the model makes videos of images")] = None,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
-    output: Annotated[Path | None, typer.Option(help="folder; default: RUN_DIR/samples")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder; default: RUN_DIR/samples, or ./samples for a Wan pipeline")
+    ] = None,
 ) -> None:
     """Generates one video for each prompt."""
     try:
@@ -118,15 +196,16 @@ def sample(
         if shown.fps <= 0:
             raise ConfigError(f"fps={shown.fps:g}: give a rate above 0")
         requests = [
-            Request(text, shown.height, shown.width, shown.frames, prompt_seed)
+            Request(text, shown.height, shown.width, shown.frames, prompt_seed, str(image or ""))
             for text, prompt_seed in zip(texts, seeds(texts, seed), strict=True)
         ]
-        check_sizes(requests, run.config.model, run.codec.shape)
+        run.check(requests)
         given_sampling = {"steps": steps, "guidance_scale": guidance_scale, "solver": solver}
         sampling = replace(run.config.sampling, **given(given_sampling))
         if sampling.steps < 1:
             raise ConfigError(f"steps={sampling.steps}: give 1 or more")
-        folder = open_output(output or run_dir / "samples")
+        is_pipeline = (run_dir / PIPELINE).is_file()
+        folder = open_output(output or (Path("samples") if is_pipeline else run_dir / "samples"))
     except ConfigError as error:
         fail(error)
     videos = run.generate(requests, sampling)

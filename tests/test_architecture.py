@@ -26,6 +26,7 @@ FLOORS: dict[str, int] = {
     "sora_train.train": 5,
     "sora_train.sample": 5,
     "sora_train.evaluate": 5,
+    "sora_train.export": 5,
     "data_pipelines": 5,
     "launch": 5,
 }
