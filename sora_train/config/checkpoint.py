@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class CheckpointConfig:
     # Steps between checkpoints; the last step is always saved.
     save_every: int = 500
-    # Where they go: a folder or an fsspec URL (s3://…) that all ranks reach. Empty: RUN_DIR/checkpoints.
+    # Where they go: a folder, of this run alone, or an fsspec URL (s3://…), that all ranks reach. Empty:
+    # RUN_DIR/checkpoints.
     folder: str = ""
     # Newest checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all.
     keep: int = 3

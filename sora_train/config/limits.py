@@ -42,6 +42,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "parallel.activation_memory_gib": (0, None),
     "checkpoint.save_every": (1, None),
     "checkpoint.keep": (0, None),
+    "checkpoint.keep_hours": (0, None),
+    "checkpoint.keep_every": (0, None),
     "validation.evaluate_every": (0, None),
     "validation.clips": (0, None),
     "sampling.steps": (1, None),

@@ -124,7 +124,7 @@ class Checkpoints:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save is known to have failed, which `wait` or `save` will raise: training should come to its end."""
+        """Whether a save is known to have failed, which `wait` or `save` will raise: training should end."""
         return self._writers.has_failed
 
     def figures(self) -> dict[str, float]:
@@ -139,8 +139,8 @@ class Checkpoints:
 
     def _kept(self) -> Iterator[tuple[Fragment, dict[str, Tensor]]]:
         """Each piece, and what a checkpoint keeps of it by kind."""
-        for fragment, average in zip(self.held, self.ema.averages, strict=True):
-            yield fragment, {"master": fragment.master, "ema": average, **fragment.states}
+        for fragment, averages in zip(self.held, self.ema.kept, strict=True):
+            yield fragment, {"master": fragment.master, **averages, **fragment.states}
 
     def _written(self) -> list[tuple[str, Tensor]]:
         """What this rank writes, live, in the order of its file."""
@@ -220,7 +220,7 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole; without one, a fresh start. Every rank must call it.
 
         Raises:
-            ConfigError: the checkpoint is of another model, or all there are are damaged.
+            ConfigError: the checkpoint is of another model, optimizer or average, or all there are are damaged.
         """
         names = gather_facts([path.name for path in complete_checkpoints(self.folder)])[0]  # what rank 0 sees counts
         found = [self.folder / name for name in names]
@@ -253,9 +253,19 @@ class Checkpoints:
         check_same_model(shapes, self._shapes, folder)
         with reading(folder):
             reader = PieceReader(folder, manifest)
-            for fragment, kinds in self._kept():
-                for kind, into in kinds.items():
-                    reader.fill(kind, fragment.name, fragment.start, into)
+            wanted = ((kind, fragment.name) for fragment, kinds in self._kept() for kind in kinds)
+            absent = next((f"{kind}/{name}" for kind, name in wanted if not reader.has(kind, name)), None)
+            if absent := next(filter(None, gather_facts(absent)), None):
+                raise ConfigError(
+                    f"{folder} holds no {absent}: it was trained with another optim.kind, or other ema.profile or "
+                    "ema.lengths; go on with those, or choose another run_dir"
+                )
+            try:
+                for fragment, kinds in self._kept():
+                    for kind, into in kinds.items():
+                        reader.fill(kind, fragment.name, fragment.start, into)
+            except DamagedCheckpointError as error:  # every byte is as it was written
+                raise ConfigError(f"{folder} does not hold what its manifest says ({error}): move it away") from error
             reader.close()
         apply_loaded(self.engine, manifest["optimizer_steps"])
         barrier()

@@ -39,6 +39,14 @@ def complete_checkpoints(folder: Folder) -> list[Folder]:
     return [found[step] for step in sorted(found, reverse=True) if (found[step] / MANIFEST).is_file()]
 
 
+def incomplete_checkpoints(folder: Folder) -> list[Folder]:
+    """What is being written, or was when a run was killed; and what was damaged and is kept aside."""
+    if isinstance(folder, Path) and not folder.is_dir():
+        return []
+    whole = {path.name for path in complete_checkpoints(folder)}
+    return [path for path in folder.iterdir() if "step-" in path.name and path.name not in whole]
+
+
 def step_of(checkpoint: Folder) -> int:
     """Steps done, by the folder's name."""
     match = _STEP.fullmatch(checkpoint.name)

@@ -48,6 +48,8 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
         version, written = manifest["format_version"], manifest.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{MANIFEST}: {error!r}") from error
+    if not isinstance(manifest.get("files"), list):
+        raise DamagedCheckpointError(f"{MANIFEST} lists no files")
     if written != digest(manifest):
         raise DamagedCheckpointError(f"{MANIFEST} has another SHA-256 than when it was written")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -57,8 +59,8 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
         )
     if version < OLDEST_READABLE:
         raise OtherFormatError(
-            f"{folder} has format_version {version}, this sora_train reads {OLDEST_READABLE} and later: load it with the "
-            "one that wrote it and save it again with one that reads both, or choose another run_dir"
+            f"{folder} has format_version {version}, this sora_train reads {OLDEST_READABLE} and later: go on with "
+            "the one that wrote it, or save it anew with one that reads both"
         )
     return manifest
 
@@ -117,11 +119,14 @@ class PieceReader:
     def fill(self, kind: str, name: str, start: int, into: Tensor) -> None:
         """Copies elements [start, start + into.numel()) of `kind/name` into a flat tensor."""
         stop, filled = start + into.numel(), 0
-        for first, last, file_name in self._pieces[name]:
+        for first, last, file_name in self._pieces.get(name, ()):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                piece = self._file(file_name).get_slice(f"{kind}/{name}@{first}")
-                into[low - start : high - start].copy_(piece[low - first : high - first])
+                try:
+                    piece = self._file(file_name).get_slice(f"{kind}/{name}@{first}")
+                    into[low - start : high - start].copy_(piece[low - first : high - first])
+                except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                    raise DamagedCheckpointError(f"{file_name}: {kind}/{name}: {error}") from error
                 filled += high - low
         if filled != into.numel():
             raise DamagedCheckpointError(f"{kind}/{name}: {filled} of {into.numel()} elements from {start} are there")

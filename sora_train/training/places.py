@@ -50,6 +50,11 @@ class RemoteFolder:
         """The last part."""
         return self.url.rpartition("/")[2]
 
+    @property
+    def parent(self) -> "RemoteFolder":
+        """All but the last part."""
+        return RemoteFolder(self.url.rpartition("/")[0])
+
     def iterdir(self) -> Iterator["RemoteFolder"]:
         """What is in it; nothing where it does not exist. Other writers' files are seen at once."""
         self._store.invalidate_cache()

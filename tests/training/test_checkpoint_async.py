@@ -34,7 +34,6 @@ WORLD = World(global_rank=0, world_size=1, local_rank=0, local_world_size=1, dev
 def checkpoints(run_dir: Path, **config: Any) -> Checkpoints:
     module = nn.Linear(3, 2, bias=False)
     flat = module.weight.detach().view(-1)
-    # The last element is another rank's to write.
     held = [Fragment("weight", (2, 3), 0, flat, {"exp_avg": torch.zeros(6)}, (0, 6))]
     engine: Any = SimpleNamespace(module=module, optimizer=torch.optim.AdamW(module.parameters()))
     average = Ema(held, EmaConfig())
@@ -122,7 +121,7 @@ def test_a_full_disk_is_told_at_the_next_step_and_leaves_the_last_good_one(
     while saved._writers.is_busy:
         pass
     assert saved.has_failed
-    line = rf"checkpoint of step 6 could not be written: rank 0: .*No space left.*{part}.*step-00000005 is the last good"
+    line = rf"step 6 could not be written: rank 0: .*No space left.*{part}.*step-00000005 is the last good"
     with pytest.raises(SaveError, match=line) as caught:
         saved.save(TrainState(7))
     assert "\n" not in str(caught.value)
@@ -182,5 +181,5 @@ def test_a_file_is_safetensors_byte_for_byte_in_any_chunks(tmp_path: Path, monke
     assert all(torch.equal(read[name], values) for name, values in tensors)
     tensors[1][1][1] = float("inf")
     copy.take(tensors)
-    with new_file(tmp_path / "y") as file, pytest.raises(FloatingPointError, match="^b/c@7$"):
+    with new_file(tmp_path / "y") as file, pytest.raises(FloatingPointError, match=r"^b/c@7$"):
         copy.write(file)
