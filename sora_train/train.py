@@ -22,6 +22,7 @@ from sora_train.models.video_dit import VideoDiT
 from sora_train.training import run
 from sora_train.training.checkpoint import Checkpoints, TrainState
 from sora_train.training.ema import Ema
+from sora_train.training.ema_snapshots import Snapshots
 from sora_train.training.initial_weights import load_initial
 from sora_train.training.metrics import Metrics
 from sora_train.training.optim import build_optimizer
@@ -70,6 +71,7 @@ def main(config: TrainConfig) -> None:
     checkpoints = Checkpoints(run_dir, config.checkpoint, world, engine=engine, held=held, ema=ema, facts=facts)
     state = checkpoints.load_latest()  # to resume, run the same command again
     load_initial(config.init, engine, held, ema, state, world)  # open weights, where a new run starts from such
+    snapshots = Snapshots(run_dir, world, ema, shapes=shapes, facts=facts, step=state.step)
     tracker = Tracker(config, facts["config"], enabled=world.is_main, start_step=state.step)
     metrics = Metrics(world, config.parallel)
     stop = AgreedStop()
@@ -99,6 +101,8 @@ def main(config: TrainConfig) -> None:
         with metrics.paused():  # throughput is that of training
             if due(config.validation.evaluate_every, state):
                 validation.run(ema, tracker, state.step)
+            if due(config.ema.snapshot_every, state):
+                snapshots.save(state.step)
             if is_save:
                 checkpoints.save(state)  # waits for the copy alone: it is written while training goes on
                 saved = state

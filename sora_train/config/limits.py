@@ -3,9 +3,12 @@
 import functools
 from typing import Any
 
+from sora_train.config.optim import EmaConfig, EmaProfile
 from sora_train.config.parallel import GROUP_SIZES, Checkpointing, ParallelConfig
 from sora_train.config.root import ConfigError, TrainConfig
 
+# Of the moving average as a share of the run; at 0.289 all steps count alike.
+SHORTEST_AVERAGE, LONGEST_AVERAGE = 0.005, 0.28
 # From and including the first to and including the second, which may be open.
 RANGES: dict[str, tuple[float, float | None]] = {
     "steps": (1, None),
@@ -32,12 +35,14 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "data.max_bad_share": (0, 1),
     "optim.beta1": (0, 1),
     "optim.beta2": (0, 1),
+    "optim.momentum": (0, 1),
     "optim.weight_decay": (0, None),
     "optim.clip_norm": (0, None),
     "optim.warmup_steps": (0, None),
     "optim.decay_steps": (0, None),
     "optim.final_fraction": (0, 1),
     "ema.decay": (0, 1),
+    "ema.snapshot_every": (0, None),
     "parallel.zero_stage": (0, 3),
     "parallel.activation_memory_gib": (0, None),
     "checkpoint.save_every": (1, None),
@@ -67,7 +72,7 @@ def check_limits(config: TrainConfig) -> None:
         # Said this way round, so that nan is refused as well.
         if not (value >= low and (high is None or value <= high)):
             raise ConfigError(f"{key}={value}: choose {f'{low} or more' if high is None else f'{low} to {high}'}")
-    for key in ("optim.beta1", "optim.beta2"):
+    for key in ("optim.beta1", "optim.beta2", "optim.momentum"):
         if _value(config, key) == 1:
             raise ConfigError(f"{key}=1: choose less than 1")
     for key in POSITIVE:
@@ -76,7 +81,24 @@ def check_limits(config: TrainConfig) -> None:
     timesteps = config.diffusion.timesteps
     if timesteps.low >= timesteps.high:
         raise ConfigError(f"diffusion.timesteps.low={timesteps.low} is not below high={timesteps.high}: change one")
+    check_averages(config.ema)
     check_parallel(config.parallel)
+
+
+def check_averages(config: EmaConfig) -> None:
+    """Raises ConfigError for lengths that no average has or that are there twice, and for snapshots of none."""
+    for length in config.lengths:
+        if not SHORTEST_AVERAGE <= length <= LONGEST_AVERAGE:
+            raise ConfigError(f"ema.lengths has {length:g}: choose {SHORTEST_AVERAGE} to {LONGEST_AVERAGE}")
+    names = [f"{length:g}" for length in config.lengths]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"ema.lengths=[{','.join(names)}]: choose one or more, each once")
+    if config.snapshot_every > 0 and (config.profile is not EmaProfile.power or len(names) < 2):
+        raise ConfigError(
+            f"ema.snapshot_every={config.snapshot_every} with ema.profile={config.profile.value} and ema.lengths="
+            f"[{','.join(names)}]: other averages are rebuilt from two or more of ema.profile=power; set that, or "
+            "ema.snapshot_every=0"
+        )
 
 
 def check_parallel(config: ParallelConfig) -> None:

@@ -1,33 +1,68 @@
-"""The exponential moving average of the weights, kept beside each rank's own pieces of the fp32 weights: no copy of
-the whole model is gathered, whatever the ZeRO stage."""
+"""Moving averages of the weights, kept beside each rank's own pieces of the fp32 weights: no copy of the whole model is
+gathered, whatever the ZeRO stage.
+
+With profile=constant, one average of constant decay. With profile=power, one for each length in `ema.lengths`; the
+first is the one that is validated, sampled and exported. From snapshots of them (`ema_snapshots`) an average of any
+length comes out after training:
+
+    python -m sora_train.training.ema list RUN_DIR
+    python -m sora_train.training.ema rebuild RUN_DIR OUT --length 0.08
+    python -m sora_train.sample OUT "a red circle moving left"
+"""
 
 import torch
 from torch import Tensor
 
-from sora_train.config.optim import EmaConfig
+from sora_train.config.optim import EmaConfig, EmaProfile
 from sora_train.distributed.collectives import sum_over_ranks
 from sora_train.distributed.partitions import Fragment
+from sora_train.training import ema_profiles
+
+# How the average that is used is called in checkpoints and snapshots.
+PRIMARY = "ema"
+
+
+def kinds(config: EmaConfig) -> dict[str, float | None]:
+    """Names of the averages, the primary one first, and their relative lengths."""
+    if config.profile is EmaProfile.constant:
+        return {PRIMARY: None}
+    first, *others = config.lengths
+    return {PRIMARY: first, **{f"{PRIMARY}-{length:g}": length for length in others}}
 
 
 class Ema:
-    """One averaged tensor per fragment, in the fragments' order."""
+    """The averages of every fragment."""
 
     def __init__(self, held: list[Fragment], config: EmaConfig) -> None:
         self.config = config
         self.held = held
-        self.averages = [fragment.master.clone() for fragment in held]
+        self.kinds = kinds(config)
+        # By kind, in the fragments' order.
+        self.kept = [{kind: fragment.master.clone() for kind in self.kinds} for fragment in held]
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """The primary one, in the fragments' order."""
+        return [averages[PRIMARY] for averages in self.kept]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step `step` (0-based): average += (1 - decay) (weights - average), with
-        decay = min(config.decay, (1 + step) / (10 + step)) so that early averages forget the initialisation."""
-        decay = min(self.config.decay, (1 + step) / (10 + step))
-        for average, fragment in zip(self.averages, self.held, strict=True):
-            average.lerp_(fragment.master, 1 - decay)
+        """After optimizer step `step` (0-based): average += (1 - decay) (weights - average).
+
+        With profile=constant, decay = min(config.decay, (1 + step) / (10 + step)), so that early averages forget the
+        initialisation; with profile=power see `ema_profiles.decay`, which forgets it in the first step.
+        """
+        for kind, length in self.kinds.items():
+            if length is None:
+                decay = min(self.config.decay, (1 + step) / (10 + step))
+            else:
+                decay = ema_profiles.decay(step, length)
+            for averages, fragment in zip(self.kept, self.held, strict=True):
+                averages[kind].lerp_(fragment.master, 1 - decay)
 
     @torch.no_grad()
     def gather(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """The whole averaged weights by name, on every rank; every rank must call it.
+        """The whole weights of the primary average by name, on every rank; every rank must call it.
 
         Args:
             shapes: of every trained parameter, the same on all ranks.
@@ -43,3 +78,9 @@ class Ema:
                 whole.view(-1)[fragment.start + first : fragment.start + last] = average[first:last]
             weights[name] = sum_over_ranks(whole)
         return weights
+
+
+if __name__ == "__main__":
+    from sora_train.training.ema_command import app
+
+    app()

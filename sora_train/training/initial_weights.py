@@ -65,7 +65,7 @@ def check_same_model(ours: ModelConfig, theirs: ModelConfig, folder: str) -> Non
 def load_initial(
     init: InitConfig, engine: Any, held: list[Fragment], ema: Ema, state: TrainState, world: World
 ) -> None:
-    """Fills this rank's pieces, and their average, from the folder. Every rank must call it.
+    """Fills this rank's pieces, and their averages, from the folder. Every rank must call it.
 
     A run that has a checkpoint goes on from that: nothing is read then.
     """
@@ -78,8 +78,9 @@ def load_initial(
     weights = WanWeights(init.weights, expert_name(init))
     weights.fill((fragment.name, fragment.start, fragment.master) for fragment in held)
     with torch.no_grad():
-        for fragment, average in zip(held, ema.averages, strict=True):
-            average.copy_(fragment.master)
+        for fragment, averages in zip(held, ema.kept, strict=True):
+            for average in averages.values():
+                average.copy_(fragment.master)
     apply_loaded(engine, 0)
     if world.is_main:
         number = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
