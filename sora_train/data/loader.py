@@ -179,10 +179,10 @@ class Loader:
         self._ahead = self._next_step = None
 
     def _tasks(self, plan: PackPlan) -> list[Task | None]:
-        """Of each document; None where it is masked, on all ranks that hold a part of it."""
+        """Of each piece; None where the clip is masked, on all ranks that have to do with it."""
         masked = self.masked.get(plan.step, frozenset())
         tasks = []
-        for sample, _, is_owned in plan.documents:
+        for sample, _, is_owned, _ in plan.pieces:
             is_masked = masked and (self._shard_name(sample), sample.row.key) in masked
             shard = self.order.datasets[sample.dataset].manifest.shards[sample.shard]
             tasks.append(None if is_masked else Task(sample, shard, is_owned))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sora_train.config.diffusion import TimestepConfig
 from sora_train.data.order import PlannedSample
-from sora_train.data.packing import Document, PackPlan
+from sora_train.data.packing import PackPlan, Piece
 from sora_train.data.precomputed import NUMBERS
 from sora_train.data.precomputed_header import Place
 from sora_train.data.sample import Facts, Task, places_of, timestep
@@ -28,23 +28,25 @@ class Failure:
 
 @dataclass(frozen=True)
 class Pack:
-    """The lists have one entry a document, in the order of `PackPlan.documents`; without any, a filler of weight 0.
+    """The documents that a rank trains on: clips that sit whole on it, then its parts of shared ones; where there are
+    none, a filler of weight 0. And the media of all clips that it reads.
 
-    A clip that this rank reads has frames or latents, and noise: of its whole length, also where the rank holds a part
-    of it. A clip that failed, now or when this step was first done, has zeros for all of them. Of a clip that a
-    neighbour reads there is the text alone.
+    A clip that this rank reads has frames or latents, and noise: of its whole length, also where a part of it, or
+    nothing, is trained on here. One that failed, now or when this step was first done, has zeros for all of them. A
+    clip that a neighbour reads has none.
     """
 
     plan: PackPlan
-    samples: tuple[PlannedSample, ...]
-    parts: tuple[range, ...]  # of each clip's tokens, those on this rank
+    pieces: tuple[Piece, ...]  # those of the plan, with the filler
+    # One a piece: documents, then clips that are read for neighbours alone.
     frames: list[Tensor | None]  # uint8 [T, H, W, 3]
     latents: list[Tensor | None]  # [C, T, H, W] in the numbers they are stored in
     noise: list[Tensor | None]  # float32 [C, T, H, W]
+    weight: Tensor  # float32; 0 = filler, or this rank could not read what it should, or was not to
+    is_tried: tuple[bool, ...]  # what was to be read: no filler, nor what failed when this step was first done
+    # One a document.
     t_S: Tensor  # float32
     text: list[str | Tensor]  # "" where the caption was dropped; rows [M, D] where the shard has them
-    weight_S: Tensor  # float32; 0 = filler, or this rank could not read what it should, or was not to
-    is_tried: tuple[bool, ...]  # what was to be read: no filler, nor what failed when this step was first done
     failures: tuple[Failure, ...]
 
     @property
@@ -53,29 +55,29 @@ class Pack:
         return self.plan.is_last
 
     @property
-    def planned_tokens(self) -> int:
-        """Of the whole step on all ranks, before anything failed."""
-        return self.plan.planned_tokens
+    def documents(self) -> tuple[Piece, ...]:
+        """The pieces with tokens here; S of them."""
+        return tuple(piece for piece in self.pieces if piece.part)
 
     @property
-    def planned_samples(self) -> int:
-        """Of the whole step on all ranks, before anything failed."""
-        return self.plan.planned_samples
+    def samples(self) -> tuple[PlannedSample, ...]:
+        """The clip of each document."""
+        return tuple(document.sample for document in self.documents)
 
     @property
-    def num_tokens(self) -> int:
-        """Video tokens, filler included."""
-        return sum(len(part) for part in self.parts)
+    def parts(self) -> tuple[range, ...]:
+        """Of each document's clip the tokens that are here."""
+        return tuple(document.part for document in self.documents)
 
     @property
     def num_whole(self) -> int:
         """Documents that are no parts of shared clips; they come first."""
-        return len(self.plan.samples) or int(not self.plan.documents)
+        return sum(document.shared is None for document in self.documents)
 
     @property
-    def is_owned(self) -> tuple[bool, ...]:
-        """Which clips this rank reads."""
-        return tuple(noise is not None for noise in self.noise)
+    def num_tokens(self) -> int:
+        """Video tokens, filler included."""
+        return sum(len(document.part) for document in self.documents)
 
     def to(self, device: torch.device | str) -> "Pack":
         """With its tensors on a device; to CUDA from page-locked memory, so that the host does not wait."""
@@ -89,8 +91,8 @@ class Pack:
             latents=[None if latents is None else change(latents) for latents in self.latents],
             noise=[None if noise is None else change(noise) for noise in self.noise],
             t_S=change(self.t_S),
+            weight=change(self.weight),
             text=[text if isinstance(text, str) else change(text) for text in self.text],
-            weight_S=change(self.weight_S),
         )
 
 
@@ -115,24 +117,28 @@ class Assembly:
         """The pack of a plan.
 
         Args:
-            tasks: of each document of the plan; None: it was not to be read.
+            tasks: of each piece of the plan; None: it was not to be read.
             facts: of each; None: it was not read.
             memory: of each, uint8, as its facts and `Task.places` tell; the pack's tensors are views of it.
             failures: those to be told of.
         """
-        documents = plan.documents
-        if not documents:
-            documents, tasks, facts, memory = (self._filler(plan),), (None,), (None,), (None,)
+        pieces = plan.pieces
+        if not any(piece.part for piece in pieces):
+            pieces = (self._filler(plan), *pieces)
+            tasks, facts, memory = (None, *tasks), (None, *facts), (None, *memory)
         frames: list[Tensor | None] = []
         latents: list[Tensor | None] = []
         noise: list[Tensor | None] = []
         text: list[str | Tensor] = []
         t: list[float] = []
-        for (sample, _, is_owned), known, part in zip(documents, facts, memory, strict=True):
-            pixels, stored, drawn = self._medium(sample, known, part) if is_owned else (None, None, None)
+        for piece, known, part in zip(pieces, facts, memory, strict=True):
+            sample = piece.sample
+            pixels, stored, drawn = self._medium(sample, known, part) if piece.is_owned else (None, None, None)
             frames.append(pixels)
             latents.append(stored)
             noise.append(drawn)
+            if not piece.part:
+                continue
             if known is None or part is None:
                 text.append("")
                 t.append(timestep(self.timesteps, self.seed, sample))
@@ -141,15 +147,14 @@ class Assembly:
                 t.append(known.t)
         return Pack(
             plan=plan,
-            samples=tuple(document.sample for document in documents),
-            parts=tuple(document.part for document in documents),
+            pieces=pieces,
             frames=frames,
             latents=latents,
             noise=noise,
+            weight=torch.tensor([known is not None for known in facts], dtype=torch.float32),
+            is_tried=tuple(task is not None for task in tasks),
             t_S=torch.tensor(t, dtype=torch.float32),
             text=text,
-            weight_S=torch.tensor([known is not None for known in facts], dtype=torch.float32),
-            is_tried=tuple(task is not None for task in tasks),
             failures=tuple(failures),
         )
 
@@ -169,7 +174,7 @@ class Assembly:
             return part[places.medium].view(shape), None, noise
         return None, _tensor(part, known.latents)[:, : sample.latent_shape[1]], noise
 
-    def _filler(self, plan: PackPlan) -> Document:
+    def _filler(self, plan: PackPlan) -> Piece:
         # One token, so that a rank without clips runs the same collectives as the others.
         height, width = self.stride.height, self.stride.width
         row = IndexRow(
@@ -186,7 +191,7 @@ class Assembly:
         )
         size = ClipSize(1, height, width, height, width, 0, 1.0)
         shape = (self.latent_channels, 1, *self.patch)
-        return Document(PlannedSample(plan.step, 0, -1, -1, row, size, shape, 1, None), range(1), True)
+        return Piece(PlannedSample(plan.step, 0, -1, -1, row, size, shape, 1, None), range(1), True)
 
 
 def _tensor(memory: Tensor, place: Place) -> Tensor:

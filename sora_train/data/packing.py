@@ -9,8 +9,8 @@ groups of 1, 2, 4 or 8 neighbours. A rank of a group holds
    empty and may begin inside a clip. All-to-all gives each rank all of these tokens for 1/group_size of the heads,
    where attention is per clip, and takes the results back.
 
-A shared clip is read and encoded by one of the ranks that hold tokens of it, its owner; the others get their tokens
-from there. Nothing is dropped, cut or padded; no rank ever holds more than `max_tokens_per_pack` tokens.
+A shared clip is read and encoded by one rank of the group, its owner, which hands the others their tokens of it.
+Nothing is dropped, cut or padded; no rank ever holds more than `max_tokens_per_pack` tokens.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from sora_train.data.order import GlobalBatch, PlannedSample
 from sora_train.data.sharing import Group, owners, parts
 
 __all__ = [
-    "Document",
     "PackLimits",
     "PackPlan",
+    "Piece",
     "assign",
     "balance",
     "largest_clip_tokens",
@@ -35,12 +35,15 @@ __all__ = [
 ]
 
 
-class Document(NamedTuple):
-    """What a rank holds of one clip: all of it, or its part of a shared one."""
+class Piece(NamedTuple):
+    """What a rank has to do with one clip."""
 
     sample: PlannedSample
-    part: range  # of the clip's tokens, those on this rank; never empty
+    # Of the clip's tokens, those on this rank: all of them, or its part of a shared clip. Empty: the rank reads the
+    # clip for its neighbours alone.
+    part: range
     is_owned: bool  # this rank reads and encodes the clip; of another it reads the text alone
+    shared: int | None = None  # number among the shared clips of the group; None: it sits whole on this rank
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,17 @@ class PackPlan:
         return parts([sample.num_tokens for sample in self.shared], self.shares, group_rank)
 
     @property
-    def documents(self) -> tuple[Document, ...]:
-        """What this rank holds, in the order of its tokens: whole clips, then its parts of shared ones."""
-        held = zip(self.shared, self.parts(self.group_rank), self.owners, strict=True)
-        return (
-            *[Document(sample, range(sample.num_tokens), True) for sample in self.samples],
-            *[Document(sample, part, owner == self.group_rank) for sample, part, owner in held if part],
-        )
+    def pieces(self) -> tuple[Piece, ...]:
+        """All clips that this rank has to do with: first those with tokens here, in their order, then those without."""
+        whole = [Piece(sample, range(sample.num_tokens), True) for sample in self.samples]
+        shared = [
+            Piece(sample, part, owner == self.group_rank, number)
+            for number, (sample, part, owner) in enumerate(
+                zip(self.shared, self.parts(self.group_rank), self.owners, strict=True)
+            )
+        ]
+        held = [piece for piece in shared if piece.part]
+        return (*whole, *held, *[piece for piece in shared if piece.is_owned and not piece.part])
 
     @property
     def num_tokens(self) -> int:
@@ -123,7 +130,7 @@ class MicroStep(Sequence[PackPlan]):
         if shared:
             whole_tokens = [sum([samples[i].num_tokens for i in whole]) for whole in group.whole]
             turn = self._batch.step + self._micro_step
-            owned_by = tuple(owners(whole_tokens, [sample.num_tokens for sample in shared], shares, turn))
+            owned_by = tuple(owners(whole_tokens, [sample.num_tokens for sample in shared], turn))
         for group_rank, whole in enumerate(group.whole):
             self._packs[group.first_rank + group_rank] = PackPlan(
                 self._batch.step,

@@ -176,22 +176,17 @@ def parts(lengths: Sequence[int], shares: Sequence[int], group_rank: int) -> lis
     return found
 
 
-def owners(whole: Sequence[int], lengths: Sequence[int], shares: Sequence[int], turn: int) -> list[int]:
-    """Of each shared clip the rank that reads and encodes it: among those that hold tokens of it one with least to
-    read so far, the longest clips first, so that none waits long for another.
+def owners(whole: Sequence[int], lengths: Sequence[int], turn: int) -> list[int]:
+    """Of each shared clip the rank that reads and encodes it: one with least to read so far, the longest clips first
+    (LPT, Graham 1969), so that none waits long for another.
 
     Args:
         whole: tokens of the clips that sit whole on each rank.
         lengths: tokens of each shared clip.
-        shares: of the shared tokens, by rank.
         turn: a number that differs from micro-step to micro-step, so that equals take turns.
     """
-    size = len(shares)
-    loads = list(whole)
-    held = [parts(lengths, shares, rank) for rank in range(size)]
-    found = [0] * len(lengths)
+    size, loads, found = len(whole), list(whole), [0] * len(lengths)
     for clip in sorted(range(len(lengths)), key=lambda clip: -lengths[clip]):
-        holders = [rank for rank in range(size) if held[rank][clip]]
-        found[clip] = min(holders, key=lambda rank: (loads[rank], (rank - turn) % size))
+        found[clip] = min(range(size), key=lambda rank: (loads[rank], (rank - turn) % size))
         loads[found[clip]] += lengths[clip]
     return found

@@ -1,9 +1,8 @@
-"""The tokens of a pack's documents: those of clips that this rank read, and those that neighbours hand it."""
+"""The tokens of a pack's documents: of clips that this rank read, and of those that neighbours hand it."""
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sora_train.data.pack import Pack
@@ -20,8 +19,8 @@ def tokens_here(
 
     Args:
         pack: on the device of the columns.
-        columns: values of tokens, each a list over documents: [n, width] of all n tokens of a clip that this rank
-            reads, also where it holds only a part of them; None of other clips.
+        columns: values of tokens, each a list over the pack's pieces: [n, width] of all n tokens of a clip that this
+            rank reads, also where it holds only a part of them or none; None of other clips.
         widths: of each column.
         groups: of ranks that may share clips.
 
@@ -32,22 +31,25 @@ def tokens_here(
     plan, count = pack.plan, pack.num_whole
     whole = [[rows for rows in column[:count] if rows is not None] for column in columns]
     if not plan.shared:
-        return [torch.cat(rows) for rows in whole], pack.weight_S
-    # The clips of which this rank holds tokens stand side by side among the shared ones.
-    held = [number for number, part in enumerate(plan.parts(plan.group_rank)) if part]
-    before = held[0] if held else 0
-    weight = F.pad(pack.weight_S[count:], (before, len(plan.shared) - before - len(held)), value=1.0)
+        return [torch.cat(rows) for rows in whole], pack.weight
     rows: list[Tensor | None] = [None] * len(plan.shared)
-    for number, values in zip(held, zip(*(column[count:] for column in columns), strict=True), strict=True):
-        own = [value for value in values if value is not None]
-        rows[number] = torch.cat(own, dim=1) if own else None
+    weight = [pack.weight.new_ones(())] * len(plan.shared)
+    for place, piece in enumerate(pack.pieces):
+        if piece.shared is not None:
+            weight[piece.shared] = pack.weight[place]
+            values = [column[place] for column in columns]
+            if piece.is_owned:
+                rows[piece.shared] = torch.cat([value for value in values if value is not None], dim=1)
     parts = tuple(tuple(plan.parts(rank)) for rank in range(plan.group_size))
     handing = Round(parts, plan.owners, plan.first_rank, plan.group_rank, sum(widths))
-    shared_LX, weight = handing.hand(rows, weight, groups)
+    shared_LX, shared_weight = handing.hand(rows, torch.stack(weight), groups)
     tokens = [
         torch.cat([*here, shared]) for here, shared in zip(whole, shared_LX.split(list(widths), dim=1), strict=True)
     ]
-    return tokens, torch.cat([pack.weight_S[:count], weight[before : before + len(held)]])
+    # The clips of which this rank holds tokens stand side by side.
+    held = [document.shared for document in pack.documents if document.shared is not None]
+    held_weight = shared_weight[held[0] : held[-1] + 1] if held else shared_weight[:0]
+    return tokens, torch.cat([pack.weight[:count], held_weight])
 
 
 def shared_clips(plan: PackPlan, device: torch.device) -> SharedClips | None:

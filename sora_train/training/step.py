@@ -22,6 +22,7 @@ from sora_train.config.root import TrainConfig
 from sora_train.cost.flops import step_flops
 from sora_train.data.loader import Pack
 from sora_train.data.order import PlannedSample
+from sora_train.data.packing import Piece
 from sora_train.diffusion.flow_matching import interpolate, squared_error
 from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import World
@@ -53,7 +54,7 @@ class Encoders:
         return list(captions) if self.text is None else self.text.encode(list(captions))
 
     def latents(self, pack: Pack) -> list[Tensor | None]:
-        """float32 [C, T, H, W] of each clip: made in advance, or encoded from its frames; None where a neighbour reads
+        """float32 [C, T, H, W] of each piece: made in advance, or encoded from its frames; None where a neighbour reads
         it."""
         made = [None if latents is None else latents.float() for latents in pack.latents]
         return [
@@ -62,7 +63,7 @@ class Encoders:
         ]
 
     def text_of(self, pack: Pack) -> Text:
-        """The text of each sample as the model takes it: rows made in advance, or encoded from its caption."""
+        """The text of each document as the model takes it: rows made in advance, or encoded from its caption."""
         captions = [text for text in pack.text if isinstance(text, str)]
         if len(captions) == len(pack.text):
             return self.encode_text(captions)
@@ -127,9 +128,9 @@ def diffusion_loss(
     clip_weight_S = weight_S * counts_S5[:, 0].float()
     if config.counted_by is CountedBy.tokens:
         tokens_S = inputs.layout.cu_seqlens.diff()  # of the device's own copy: nothing to wait for
-        loss = (weight_S * tokens_S * error_S).sum() / pack.planned_tokens
+        loss = (weight_S * tokens_S * error_S).sum() / pack.plan.planned_tokens
     else:
-        loss = (clip_weight_S * error_S).sum() / pack.planned_samples
+        loss = (clip_weight_S * error_S).sum() / pack.plan.planned_samples
     return PackLoss(
         loss=loss,
         sample_loss_S=error_S.detach(),
@@ -137,19 +138,24 @@ def diffusion_loss(
         weight_S=clip_weight_S,
         kind_S=torch.tensor([caption_kind(sample) for sample in pack.samples]).to(device, non_blocking=True),
         counts=weight_S.double() @ counts_S5[:, 1:],
-        tried=sum(tried and owned for tried, owned in zip(pack.is_tried, pack.is_owned, strict=True)),
+        tried=sum(tried and _is_first(piece) for tried, piece in zip(pack.is_tried, pack.pieces, strict=True)),
     )
 
 
 def _counts(pack: Pack, text_lengths: Sequence[int], config: ModelConfig) -> Tensor:
     """float64 [S, 5]: the share of its clip that a document is; then, as in metrics.COUNTED, what it counts for if it
-    is trained on. A shared clip and the work on it are counted by the rank that reads it."""
+    is trained on. A shared clip and the work on it are counted by the rank that holds its first token."""
     rows = []
-    for sample, part, is_owned, text in zip(pack.samples, pack.parts, pack.is_owned, text_lengths, strict=True):
-        share, flops = len(part) / sample.num_tokens, step_flops(config, sample.num_tokens, text)
-        clip = (1, sample.size.num_frames, flops) if is_owned else (0, 0, 0)
-        rows.append((share, len(part), *clip))
+    for document, text in zip(pack.documents, text_lengths, strict=True):
+        sample, held = document.sample, len(document.part)
+        flops = step_flops(config, sample.num_tokens, text)
+        clip = (1, sample.size.num_frames, flops) if _is_first(document) else (0, 0, 0)
+        rows.append((held / sample.num_tokens, held, *clip))
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def _is_first(piece: Piece) -> bool:
+    return len(piece.part) > 0 and piece.part.start == 0
 
 
 def caption_kind(sample: PlannedSample) -> int:

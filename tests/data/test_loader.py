@@ -25,7 +25,7 @@ def by_index(packs: list[Pack]) -> dict[int, tuple[object, ...]]:
         sample.index: (sample, frames.numpy().tobytes(), noise.numpy().tobytes(), float(t), text, float(weight))
         for pack in packs
         for sample, frames, noise, t, text, weight in zip(
-            pack.samples, pack.frames, pack.noise, pack.t_S, pack.text, pack.weight_S, strict=True
+            pack.samples, pack.frames, pack.noise, pack.t_S, pack.text, pack.weight, strict=True
         )
         if sample.shard >= 0
     }
@@ -78,15 +78,15 @@ def test_shapes_and_draws_of_a_pack(shards: Path) -> None:
 def test_a_rank_without_clips_works_on_one_filler_token(shards: Path) -> None:
     world_size = 12
     packs = [next(iter(loader_of(shards, rank, world_size).packs(0))) for rank in range(world_size)]
-    fillers = [pack for pack in packs if not pack.weight_S.any()]
+    fillers = [pack for pack in packs if not pack.weight.any()]
     assert fillers
     for pack in fillers:
         assert (pack.num_tokens, pack.text) == (1, [""])
         assert pack.frames[0].shape == (1, 8, 8, 3)
         assert pack.noise[0].shape == (96, 1, 2, 2)
-    real = [pack for pack in packs if pack.weight_S.any()]
-    assert packs[0].planned_tokens == sum(pack.num_tokens for pack in real)
-    assert packs[0].planned_samples == sum(len(pack.samples) for pack in real)
+    real = [pack for pack in packs if pack.weight.any()]
+    assert packs[0].plan.planned_tokens == sum(pack.num_tokens for pack in real)
+    assert packs[0].plan.planned_samples == sum(len(pack.samples) for pack in real)
 
 
 def test_a_broken_clip_is_masked_and_moves_nobody(shards: Path, tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_a_broken_clip_is_masked_and_moves_nobody(shards: Path, tmp_path: Path) 
     (failure,) = [failure for pack in packs for failure in pack.failures]
     assert (failure.key, failure.shard, failure.reason) == (victim.row.key, f"main/{name}", "hash")
     before, after = by_index(clean), by_index(packs)
-    assert packs[0].weight_S[0] == 0
+    assert packs[0].weight[0] == 0
     assert not packs[0].frames[0].any()
-    assert [pack.planned_tokens for pack in packs] == [pack.planned_tokens for pack in clean]
+    assert [pack.plan.planned_tokens for pack in packs] == [pack.plan.planned_tokens for pack in clean]
     del before[victim.index], after[victim.index]
     assert after == before
 

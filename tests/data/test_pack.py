@@ -163,7 +163,7 @@ def test_a_damaged_member_costs_its_sample(
     assert not lost.any()
     assert not pack.noise[number].any()
     assert pack.text[number] == ""
-    assert pack.weight_S.sum() == len(pack.samples) - 1
+    assert pack.weight.sum() == len(pack.samples) - 1
 
 
 def test_a_record_that_changed_since_it_was_indexed_is_told_by_its_own_word(tmp_path: Path) -> None:
@@ -215,6 +215,6 @@ def test_shards_of_one_name_in_two_data_sets_are_told_apart(tmp_path: Path) -> N
     masked = {0: frozenset((failure.shard, failure.key) for pack in loader.packs(0) for failure in pack.failures)}
     loader.masked = masked
     assert not [failure for pack in loader.packs(0) for failure in pack.failures]
-    weights = [float(weight) for pack in loader.packs(0) for weight in pack.weight_S]
+    weights = [float(weight) for pack in loader.packs(0) for weight in pack.weight]
     assert weights.count(0.0) == len(masked[0])
     assert weights.count(1.0) > 0

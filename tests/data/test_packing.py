@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -15,6 +16,7 @@ from sora_train.data.order import GlobalBatch, PlannedSample
 from sora_train.data.packing import (
     PackLimits,
     PackPlan,
+    Piece,
     assign,
     balance,
     largest_clip_tokens,
@@ -74,6 +76,7 @@ def check(batch: GlobalBatch, micro_steps: Sequence[Sequence[PackPlan]], world_s
             clips += [sample.index for pack in members for sample in pack.samples]
             clips += [sample.index for sample in first.shared]
             assert first.group_size > 1 or not first.shared
+            check_pieces(members)
             rank += first.group_size
         for pack in packs:
             assert pack.num_tokens <= limits.max_tokens_per_pack
@@ -81,6 +84,26 @@ def check(batch: GlobalBatch, micro_steps: Sequence[Sequence[PackPlan]], world_s
             assert pack.is_last is (number == len(micro_steps) - 1)
             assert (pack.planned_tokens, pack.planned_samples) == (batch.num_tokens, len(batch.samples))
     assert sorted(clips) == [sample.index for sample in batch.samples]
+
+
+def check_pieces(members: Sequence[PackPlan]) -> None:
+    """What the ranks of a group hold together is each clip once, read by one of them."""
+    held: dict[int, list[int]] = {}
+    readers: Counter[int] = Counter()
+    for pack in members:
+        assert pack.num_tokens == sum(len(piece.part) for piece in pack.pieces)
+        whole = [Piece(sample, range(sample.num_tokens), True) for sample in pack.samples]
+        assert list(pack.pieces[: len(whole)]) == whole
+        has_tokens = [bool(piece.part) for piece in pack.pieces]
+        assert has_tokens == sorted(has_tokens, reverse=True)
+        for sample, part, is_owned, number in pack.pieces:
+            assert part or is_owned
+            assert number is None or pack.shared[number] is sample
+            held.setdefault(sample.index, []).extend(part)
+            readers[sample.index] += is_owned
+    clips = {sample.index: sample for pack in members for sample in (*pack.samples, *pack.shared)}
+    assert held == {index: list(range(sample.num_tokens)) for index, sample in clips.items()}
+    assert readers == dict.fromkeys(clips, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 6, 7, 8, 12])
@@ -106,16 +129,25 @@ def test_every_clip_once_within_the_limits(world_size: int, largest_group: int) 
     heads=st.sampled_from([6, 12, 40]),
     pair=st.sampled_from([0.0, 0.001, 0.1]),
     travelling=st.sampled_from([0.0, 0.5]),
+    regroups=st.booleans(),
 )
 def test_any_clips_on_any_world(
-    lengths: list[int], world_size: int, largest_group: int, heads: int, pair: float, travelling: float
+    lengths: list[int],
+    world_size: int,
+    largest_group: int,
+    heads: int,
+    pair: float,
+    travelling: float,
+    regroups: bool,
 ) -> None:
-    limits = PackLimits(100, largest_group, heads)
+    limits = PackLimits(100, largest_group, heads, regroups)
     largest = largest_clip_tokens(limits, world_size)
     batch = batch_of([min(length, largest) for length in lengths])
     micro_steps = assign(batch, world_size, limits, linear(1.0, pair, travelling))
     check(batch, micro_steps, world_size, limits)
     assert len(micro_steps) <= len(lengths)
+    if not regroups:
+        assert len({tuple((pack.first_rank, pack.group_size) for pack in packs) for packs in micro_steps}) == 1
 
 
 def test_a_group_divides_the_heads_and_fits_the_world() -> None:
@@ -233,6 +265,45 @@ def test_a_rank_lays_out_its_own_blocks_alone(monkeypatch: pytest.MonkeyPatch) -
     packs = [packs[13] for packs in micro_steps]
     assert len(laid_out) == len(micro_steps) == 2
     assert all(pack.first_rank + pack.group_rank == 13 for pack in packs)
+
+
+def test_ranks_grouped_once_a_step_are_balanced_by_the_size_that_suits_it() -> None:
+    regroups, keeps = PackLimits(80000, 8, 40), PackLimits(80000, 8, 40, regroups_within_step=False)
+    for clips_a_rank, least in ((8, 0.98), (2, 0.97)):
+        sizes, figures, times = set(), [], []
+        for number in range(6):
+            plans = [assign(web_mix(number, 32, clips_a_rank), 32, limits, COST) for limits in (regroups, keeps)]
+            check(web_mix(number, 32, clips_a_rank), plans[1], 32, keeps)
+            sizes |= {pack.group_size for packs in plans[1] for pack in packs}
+            figures.append(balance(plans[1], COST))
+            times.append([step_cost(micro_steps) for micro_steps in plans])
+        changing, fixed = np.mean(times, axis=0)
+        print(f"{clips_a_rank} clips a rank: groups of {sizes}, {np.mean(figures):.4f}, time {fixed / changing:.4f}")
+        assert np.mean(figures) >= least
+        assert fixed / changing <= 1.05
+    # Where nothing outweighs a rank, none is grouped.
+    assert {pack.group_size for packs in assign(batch_of([10] * 64), 8, keeps, COST) for pack in packs} == {1}
+
+
+def step_cost(micro_steps: Sequence[Sequence[PackPlan]]) -> float:
+    return sum(max(COST.of_features(rank_features(pack, COST)) for pack in packs) for packs in micro_steps)
+
+
+def test_those_that_read_shared_clips_have_like_amounts_to_read() -> None:
+    most, ideal = 0, 0.0
+    for number in range(40):
+        for packs in assign(web_mix(number, 8, 2), 8, GROUPS_OF_8, COST):
+            pieces = [[piece.sample.num_tokens for piece in pack.pieces if piece.is_owned] for pack in packs]
+            loads = [sum(lengths) for lengths in pieces]
+            most += max(loads)
+            # No one rank can have less than the mean, nor than its own whole clips or the longest.
+            ideal += max(sum(loads) / 8, *(max(lengths, default=0) for lengths in pieces))
+    print(f"most to read: {most / ideal:.3f} of what it must be")
+    assert most <= 1.2 * ideal
+    # Equals take turns.
+    (packs,) = assign(batch_of([800]), 8, PackLimits(100, 8, 40), COST)
+    (other,) = assign(replace(batch_of([800]), step=3), 8, PackLimits(100, 8, 40), COST)
+    assert (packs[0].owners, other[0].owners) == ((0,), (3,))
 
 
 def test_features_of_all_ranks_add_up_to_the_clips() -> None:

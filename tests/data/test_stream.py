@@ -101,7 +101,7 @@ def test_one_clip_is_lost_and_its_neighbours_are_kept(
         (frames, noise, text, float(weight))
         for pack in packs
         for sample, frames, noise, text, weight in zip(
-            pack.samples, pack.frames, pack.noise, pack.text, pack.weight_S, strict=True
+            pack.samples, pack.frames, pack.noise, pack.text, pack.weight, strict=True
         )
         if sample.row.key == victim
     ]
@@ -134,7 +134,7 @@ def test_what_failed_before_is_masked_unread_and_gives_the_same_bytes(
         packs = list(again.packs(0))
         assert not reasons(packs), "told of once"
         assert by_index(packs) == by_index(failed)
-        assert [pack.is_trained for pack in packs] == [pack.is_trained for pack in failed]
+        assert [pack.weight.tolist() for pack in packs] == [pack.weight.tolist() for pack in failed]
     elsewhere = start(workers=0, masked={1: masked[0]})
     assert by_index(list(elsewhere.packs(0))) == clean[0], "masked in its step alone"
 

@@ -12,7 +12,7 @@ from sora_train.config.encoders import CodecConfig
 from sora_train.config.model import ModelConfig, TextConfig
 from sora_train.data.order import PlannedSample
 from sora_train.data.pack import Failure, Pack
-from sora_train.data.packing import PackPlan
+from sora_train.data.packing import PackPlan, Piece
 from sora_train.data.schema import IndexRow
 from sora_train.data.size import ClipSize
 from sora_train.distributed.sequence_parallel import SequenceGroups
@@ -53,14 +53,13 @@ def pack_of(numbers: list[int], planned: list[int]) -> Pack:
     tokens_of_step = sum(tokens[number] for number in planned)
     return Pack(
         plan=PackPlan(0, 0, True, tuple(samples), tokens_of_step, len(planned)),
-        samples=tuple(samples),
-        parts=tuple(range(sample.num_tokens) for sample in samples),
+        pieces=tuple(Piece(sample, range(sample.num_tokens), True) for sample in samples),
         frames=frames,
         latents=[None] * len(frames),
         noise=noise,
         t_S=torch.tensor([0.2 + 0.2 * number for number in numbers]),
         text=[TEXT[number] for number in numbers],
-        weight_S=torch.ones(len(numbers)),
+        weight=torch.ones(len(numbers)),
         is_tried=(True,) * len(numbers),
         failures=(),
     )
@@ -114,7 +113,7 @@ def test_a_masked_clip_leaves_the_gradient_of_the_others_as_it_was(model: VideoD
     masked = replace(
         masked,
         frames=[torch.zeros_like(f) if i == 2 else f for i, f in enumerate(masked.frames)],
-        weight_S=torch.tensor([1.0, 1.0, 0.0, 1.0]),
+        weight=torch.tensor([1.0, 1.0, 0.0, 1.0]),
         failures=(Failure("clip-2", "shard-000000.tar", "cut short"),),
     )
     _, with_mask = gradient(model, [masked], config)
