@@ -316,8 +316,8 @@ def test_packed_equals_per_sample_for_thirty_random_packs(core, rows_model):
     give(rows_model, core)
     for _ in range(30):
         pack = random_samples(draw, generator)
-        # Attention to a single key has no gradient of queries and keys: rounding is measured against 1.
-        values, gradients = disagreement(rows_model, *pack, floor=1.0)
+        # Attention to a single key has no gradient of queries and keys, while other gradients are tens.
+        values, gradients = disagreement(rows_model, *pack, floor=10.0)
         assert values < TOLERANCE, [tuple(x.shape) for x in pack[0]]
         assert gradients < TOLERANCE, [tuple(x.shape) for x in pack[0]]
 
