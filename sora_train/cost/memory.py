@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from sora_train.config.model import ModelConfig, TextConfig, TextKind
+from sora_train.config.optim import EmaConfig, EmaProfile
 from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
 from sora_train.config.root import ConfigError, TrainConfig
 
@@ -92,7 +93,7 @@ def estimate(config: TrainConfig, world_size: int, device_gib: float | None = No
     model, parallel, pack = config.model, config.parallel, largest_pack(config)
     modes = block_modes(model, parallel, pack)
     needed = MemoryEstimate(
-        **states(num_parameters(model), parallel, world_size),
+        **states(num_parameters(model), parallel, world_size, num_averages(config.ema)),
         activations=activation_bytes(model, pack, modes, parallel.precision, parallel.offload_activations),
         working=working_bytes(model, pack, modes, parallel.precision),
     )
@@ -144,12 +145,18 @@ def _byte_parameters(text: TextConfig) -> int:
     return (257 + text.max_bytes + 1) * width + text.layers * block + 2 * width
 
 
-def states(parameters: int, parallel: ParallelConfig, world_size: int) -> dict[str, int]:
+def num_averages(config: EmaConfig) -> int:
+    """Moving averages that are kept."""
+    return len(config.lengths) if config.profile is EmaProfile.power else 1
+
+
+def states(parameters: int, parallel: ParallelConfig, world_size: int, averages: int = 1) -> dict[str, int]:
     """Bytes a rank of everything that has the shape of the weights, as our engine configures DeepSpeed.
 
-    Adam with fp32 masters (in fp32 the weights themselves, from ZeRO-1 on a copy), gradients in the weights' type,
-    a moving average in fp32. Like DeepSpeed's own estimate, but for gradients: ZeRO-1 keeps all of them until the
-    step, 2 and 3 a partition; the fp32 gradients of the partition that is stepped come with the optimizer.
+    Adam with fp32 masters (in fp32 the weights themselves, from ZeRO-1 on a copy; Muon needs one state less of the
+    matrices it updates, which is not counted), gradients in the weights' type, moving averages in fp32. Like the
+    estimate of DeepSpeed, but for gradients: ZeRO-1 keeps all of them until the step, 2 and 3 a partition; the fp32
+    gradients of the partition that is stepped come with the optimizer.
     """
     stage, element = parallel.zero_stage, _element(parallel.precision)
     part = math.ceil(parameters / world_size)
@@ -163,7 +170,7 @@ def states(parameters: int, parallel: ParallelConfig, world_size: int) -> dict[s
         "parameters": element * ((part if stage == 3 else parameters) + gathered),
         "gradients": element * (part if stage >= 2 else parameters),
         "optimizer": optimizer,
-        "ema": 4 * stepped,
+        "ema": 4 * averages * stepped,
         "buffers": element * REDUCE_BUCKET if stage >= 1 else 0,
     }
 

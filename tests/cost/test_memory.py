@@ -9,6 +9,7 @@ from allocations import Allocations
 
 from sora_train.config.data import DataConfig
 from sora_train.config.model import ModelConfig, TextConfig, TextKind
+from sora_train.config.optim import EmaConfig, EmaProfile
 from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
 from sora_train.config.root import ConfigError, TrainConfig
 from sora_train.cost.memory import (
@@ -114,6 +115,8 @@ def test_model_states_equal_deepspeeds_estimate(stage: int, ranks: int) -> None:
     total = needed["parameters"] + needed["gradients"] + needed["optimizer"]
     share = 1 if stage == 0 else ranks
     assert needed["ema"] == 4 * parameters / share
+    two = states(parameters, ParallelConfig(zero_stage=stage, precision=Precision.bf16), ranks, averages=2)
+    assert two == {**needed, "ema": 2 * needed["ema"]}
     if stage == 0:
         assert total == 20 * parameters
     elif stage == 1:
@@ -138,6 +141,7 @@ def test_what_a_run_needs_is_said_in_one_line_and_refused_where_it_does_not_fit(
         (needed.parameters, needed.gradients, needed.optimizer, needed.ema, needed.buffers, needed.activations)
     )
     assert needed.line.startswith(f"memory: about {needed.total / GIB:.3g} GiB a rank")
+    assert estimate(replace(config, ema=EmaConfig(profile=EmaProfile.power)), 8).ema == 2 * needed.ema
     assert "activations" in needed.line
     assert "\n" not in needed.line
     assert estimate(config, 8, needed.total / GIB + 0.1) == needed
