@@ -204,7 +204,7 @@ def read_image(request: Request) -> Frames:
             picture = ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError(f"image {request.image} cannot be read: give a PNG, JPEG or WebP file") from error
-    return np.asarray(ImageOps.fit(picture, (request.width, request.height), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(picture, (request.width, request.height), Image.Resampling.LANCZOS))
 
 
 def check_images(requests: Sequence[Request], config: ModelConfig, takes_images: bool) -> None:

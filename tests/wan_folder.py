@@ -16,6 +16,7 @@ from sora_train.models.video_dit import VideoDiT
 from sora_train.models.wan_weights import save_wan
 
 TEXT_WIDTH = 12
+CLIP_SIDE = 32
 VAE: dict[str, Any] = {
     "base_dim": 4,
     "z_dim": 4,
@@ -51,23 +52,35 @@ def random_model(config: ModelConfig, seed: int) -> VideoDiT:
 
 
 def save_pipeline(
-    folder: Path, config: ModelConfig | None = None, boundary: float | None = None, vae: dict[str, Any] | None = None
+    folder: Path, config: ModelConfig | None = None, boundary: float | None = None, takes_frames: bool = False
 ) -> Path:
-    """transformer/ (and transformer_2/, with `boundary`), vae/, text_encoder/, tokenizer/ and model_index.json."""
+    """transformer/ (and transformer_2/, with `boundary`), vae/, text_encoder/, tokenizer/ and model_index.json; with
+    image_encoder/ and image_processor/ where the model attends to images."""
     import diffusers
     import transformers
 
     config = config or tiny_model()
-    index: dict[str, Any] = {"_class_name": "WanPipeline", "boundary_ratio": boundary}
+    index = {"_class_name": "WanPipeline", "boundary_ratio": boundary, "expand_timesteps": takes_frames}
     save_wan(random_model(config, 0), folder / "transformer", max_shard_bytes=20_000)
     if boundary is not None:
         save_wan(random_model(config, 1), folder / "transformer_2")
     (folder / "model_index.json").write_text(json.dumps(index))
     torch.manual_seed(0)
-    diffusers.AutoencoderKLWan(**{**VAE, **(vae or {})}).save_pretrained(folder / "vae")
+    diffusers.AutoencoderKLWan(**VAE).save_pretrained(folder / "vae")
     umt5 = transformers.UMT5Config(vocab_size=16, d_model=TEXT_WIDTH, d_kv=6, d_ff=16, num_layers=1, num_heads=2)
     transformers.UMT5EncoderModel(umt5).save_pretrained(folder / "text_encoder")
     save_tokenizer(folder / "tokenizer")
+    if config.image_width:
+        clip = transformers.CLIPVisionConfig(
+            hidden_size=config.image_width, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+            image_size=CLIP_SIDE, patch_size=CLIP_SIDE // 2,
+        )  # fmt: skip
+        transformers.CLIPVisionModel(clip).save_pretrained(folder / "image_encoder")
+        prepare: dict[str, Any] = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.25]}
+        prepare |= {"image_processor_type": "CLIPImageProcessor"}
+        prepare |= {"size": {"shortest_edge": CLIP_SIDE}, "crop_size": {"height": CLIP_SIDE, "width": CLIP_SIDE}}
+        (folder / "image_processor").mkdir()
+        (folder / "image_processor" / "preprocessor_config.json").write_text(json.dumps(prepare))
     return folder
 
 

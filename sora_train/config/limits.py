@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "model.text.heads": (1, None),
     "model.text.max_bytes": (1, None),
     "text_encoder.max_tokens": (1, None),
+    "diffusion.first_frame_probability": (0, 1),
     "diffusion.timesteps.std": (0, None),
     "diffusion.timesteps.low": (0, 1),
     "diffusion.timesteps.high": (0, 1),

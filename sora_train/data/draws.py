@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     clip_order = 4
     caption_field = 5
     clip_part = 6
+    first_frame = 7
 
 
 def generator(seed: int, step: int, index: int, purpose: Purpose, stream: int = 0) -> np.random.Generator:

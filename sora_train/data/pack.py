@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sora_train.config.diffusion import TimestepConfig
+from sora_train.data.draws import Purpose, generator
 from sora_train.data.order import PlannedSample
 from sora_train.data.packing import PackPlan, Piece
 from sora_train.data.precomputed import NUMBERS
@@ -46,6 +47,8 @@ class Pack:
     is_tried: tuple[bool, ...]  # what was to be read: no filler, nor what failed when this step was first done
     # One a document.
     t_S: Tensor  # float32
+    # In [0, 1): below diffusion.first_frame_probability, the clip's first frame is known.
+    first_frame_draws: tuple[float, ...]
     text: list[str | Tensor]  # "" where the caption was dropped; rows [M, D] where the shard has them
     failures: tuple[Failure, ...]
 
@@ -154,9 +157,13 @@ class Assembly:
             weight=torch.tensor([known is not None for known in facts], dtype=torch.float32),
             is_tried=tuple(task is not None for task in tasks),
             t_S=torch.tensor(t, dtype=torch.float32),
+            first_frame_draws=tuple(self._first_frame_draw(piece.sample) for piece in pieces if piece.part),
             text=text,
             failures=tuple(failures),
         )
+
+    def _first_frame_draw(self, sample: PlannedSample) -> float:
+        return float(generator(self.seed, sample.step, sample.index, Purpose.first_frame).random())
 
     @staticmethod
     def _medium(

@@ -4,7 +4,7 @@ latents    the codec's, of the frames of each clip read here     C T H W each
 clean      their patches, and those of the noise; of clips that
 noise      a neighbour read, the part that this rank holds       L P
 prediction of the model for (1 - t) clean + t noise, through
-           the engine                                            L Q
+           the engine; of known first frames, see first_frames   L Q
 loss       weighted squared error, summed, / planned global count
 """
 
@@ -26,10 +26,19 @@ from sora_train.data.packing import Piece
 from sora_train.diffusion.flow_matching import interpolate, squared_error
 from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import World
+from sora_train.encoders.first_frame import ImageEncoder, load_image_encoder
 from sora_train.encoders.text_encoder import TextEncoder, load_text_encoder
 from sora_train.encoders.video_codec import VideoCodec, build_codec, to_unit_range
-from sora_train.models.inputs import Text, as_patches, lay_out, patch_of
+from sora_train.models.inputs import PackedConditioning, Text, as_patches, lay_out, patch_of
 from sora_train.models.patchify import patchify
+from sora_train.training.first_frames import (
+    NoisyTokens,
+    clean_tokens,
+    conditions,
+    first_frames,
+    known_first,
+    noisy_tokens,
+)
 from sora_train.training.metrics import CAPTION_KINDS, PackLoss
 from sora_train.training.shared_tokens import shared_clips, tokens_here
 
@@ -39,10 +48,12 @@ TEXT_DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Encoders:
-    """What is frozen: between pixels and latents, and, unless the model reads bytes, between captions and rows."""
+    """What is frozen: between pixels and latents, unless the model reads bytes between captions and rows, and where it
+    attends to images between those and rows."""
 
     codec: VideoCodec
     text: TextEncoder | None
+    image: ImageEncoder | None = None
 
     @property
     def text_identity(self) -> str | None:
@@ -73,11 +84,13 @@ class Encoders:
 
 def build_encoders(config: TrainConfig, world: World) -> Encoders:
     """The frozen encoders of the config, on this rank's device. Raises ConfigError when one cannot be built."""
-    codec = build_codec(config.codec, world.device)
-    if config.model.text.kind is TextKind.bytes:
-        return Encoders(codec, None)
-    width = config.model.text.width
-    return Encoders(codec, load_text_encoder(config.text_encoder, width, world.device, TEXT_DTYPE))
+    model, device = config.model, world.device
+    text = image = None
+    if model.text.kind is TextKind.encoder:
+        text = load_text_encoder(config.text_encoder, model.text.width, device, TEXT_DTYPE)
+    if model.image_width:
+        image = load_image_encoder(config.image_encoder, model.image_width, device, TEXT_DTYPE)
+    return Encoders(build_codec(config.codec, device), text, image)
 
 
 def diffusion_loss(
@@ -99,19 +112,46 @@ def diffusion_loss(
         groups: of ranks that may share clips.
     """
     patch, device = patch_of(model_config), pack.t_S.device
+    is_known = known_first(pack, model_config, config)
+    noisy = noisy_tokens(pack, is_known, model_config)
     with torch.no_grad():
-        columns = [
-            [None if clip is None else patchify(clip, patch) for clip in clips]
-            for clips in (encoders.latents(pack), pack.noise)
-        ]
-        width = model_config.in_channels * prod(patch)
-        (clean_LP, noise_LP), weight_S = tokens_here(pack, columns, (width, width), groups)
+        columns = [encoders.latents(pack), pack.noise]
+        channels = [model_config.in_channels, model_config.in_channels]
+        image_rows: list[Tensor] = []
+        if model_config.condition_channels:
+            frames = first_frames(encoders.codec, pack)
+            columns.append(conditions(encoders.codec, pack, frames))
+            channels.append(model_config.condition_channels)
+            if encoders.image is not None:
+                image_rows = [encoders.image.encode(frame) for frame in frames if frame is not None]
+        (clean_LP, noise_LP, *condition_LP), weight_S = tokens_here(
+            pack,
+            [[None if clip is None else patchify(clip, patch) for clip in clips] for clips in columns],
+            [number * prod(patch) for number in channels],
+            groups,
+        )
         shapes, shared = [sample.latent_shape for sample in pack.samples], shared_clips(pack.plan, device)
-        inputs = lay_out(clean_LP, shapes, pack.parts, encoders.text_of(pack), model_config, shared=shared)
-        t_L1 = pack.t_S[inputs.layout.sample_L][:, None]
+        inputs = lay_out(
+            clean_LP,
+            shapes,
+            [document.part for document in pack.documents],
+            encoders.text_of(pack),
+            model_config,
+            shared=shared,
+            image_lengths=[rows.shape[0] for rows in image_rows],
+        )
+        sample_L = inputs.layout.sample_L
+        t_L1 = pack.t_S[sample_L][:, None]
         noisy_LP = interpolate(clean_LP, noise_LP, t_L1)
+        is_clean_L = clean_tokens(is_known, inputs.positions_L3, sample_L, model_config, config)
+        if is_clean_L is not None:
+            noisy_LP = torch.where(is_clean_L[:, None], clean_LP, noisy_LP)
+        told = PackedConditioning(
+            condition_LP[0] if condition_LP else None, torch.cat(image_rows) if image_rows else None, is_clean_L
+        )
 
-    prediction_LQ = model(noisy_LP, inputs.positions_L3, pack.t_S, inputs.text, inputs.layout)
+    more = () if told == PackedConditioning() else (told,)
+    prediction_LQ = model(noisy_LP, inputs.positions_L3, pack.t_S, inputs.text, inputs.layout, *more)
 
     error_L = squared_error(
         as_patches(prediction_LQ, model_config),
@@ -122,12 +162,14 @@ def diffusion_loss(
         loss_on=config.loss_on,
         min_t=config.min_t,
     ).mean(1)
-    error_S = torch.stack([errors.mean() for errors in error_L.split(inputs.layout.lengths)])
-    counts_S5 = _counts(pack, inputs.layout.text_lengths, model_config).to(device, non_blocking=True)
-    # Of its clip's tokens the share that is here: all over all ranks, a clip weighs 1.
-    clip_weight_S = weight_S * counts_S5[:, 0].float()
+    if is_clean_L is not None:
+        error_L = error_L.masked_fill(is_clean_L, 0)
+    counts_S6 = _counts(pack, noisy, inputs.layout.text_lengths, model_config).to(device, non_blocking=True)
+    tokens_S = counts_S6[:, 0].float()
+    error_S = torch.stack([errors.sum() for errors in error_L.split(inputs.layout.lengths)]) / tokens_S.clamp(min=1)
+    # Of its clip's noisy tokens the share that is here: all over all ranks, a clip weighs 1.
+    clip_weight_S = weight_S * counts_S6[:, 1].float()
     if config.counted_by is CountedBy.tokens:
-        tokens_S = inputs.layout.cu_seqlens.diff()  # of the device's own copy: nothing to wait for
         loss = (weight_S * tokens_S * error_S).sum() / pack.plan.planned_tokens
     else:
         loss = (clip_weight_S * error_S).sum() / pack.plan.planned_samples
@@ -137,20 +179,21 @@ def diffusion_loss(
         t_S=pack.t_S,
         weight_S=clip_weight_S,
         kind_S=torch.tensor([caption_kind(sample) for sample in pack.samples]).to(device, non_blocking=True),
-        counts=weight_S.double() @ counts_S5[:, 1:],
+        counts=weight_S.double() @ counts_S6[:, 2:],
         tried=sum(tried and _is_first(piece) for tried, piece in zip(pack.is_tried, pack.pieces, strict=True)),
     )
 
 
-def _counts(pack: Pack, text_lengths: Sequence[int], config: ModelConfig) -> Tensor:
-    """float64 [S, 5]: the share of its clip that a document is; then, as in metrics.COUNTED, what it counts for if it
-    is trained on. A shared clip and the work on it are counted by the rank that holds its first token."""
+def _counts(pack: Pack, noisy: NoisyTokens, text_lengths: Sequence[int], config: ModelConfig) -> Tensor:
+    """float64 [S, 6]: a document's noisy tokens, and the share of its clip's that they are; then, as in
+    metrics.COUNTED, what it counts for if it is trained on. A shared clip and the work on it are counted by the rank
+    that holds its first token."""
     rows = []
-    for document, text in zip(pack.documents, text_lengths, strict=True):
-        sample, held = document.sample, len(document.part)
+    for document, here, of_clip, text in zip(pack.documents, noisy.here, noisy.of_clip, text_lengths, strict=True):
+        sample = document.sample
         flops = step_flops(config, sample.num_tokens, text)
         clip = (1, sample.size.num_frames, flops) if _is_first(document) else (0, 0, 0)
-        rows.append((held / sample.num_tokens, held, *clip))
+        rows.append((here, here / of_clip, len(document.part), *clip))
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -58,6 +58,7 @@ def pack_of(numbers: list[int], planned: list[int]) -> Pack:
         latents=[None] * len(frames),
         noise=noise,
         t_S=torch.tensor([0.2 + 0.2 * number for number in numbers]),
+        first_frame_draws=tuple(0.25 * number for number in numbers),
         text=[TEXT[number] for number in numbers],
         weight=torch.ones(len(numbers)),
         is_tried=(True,) * len(numbers),
