@@ -63,7 +63,7 @@ def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     model = VideoDiT(config.model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    parallelize(model, config.parallel, world, groups, largest_pack(config))
+    parallelize(model, config.parallel, world, groups, largest_pack(config, world.world_size))
     engine = build_engine(model, build_optimizer(model, config.optim, world.device), config.parallel, config.optim)
     held = fragments(engine)
     ema = Ema(held, config.ema)

@@ -23,7 +23,13 @@ N the heads; a row of text or image enters cross-attention only. Each line is a 
 SDPA and flash kernels keep that (never scores); masked SDPA on other backends and compiled blocks differ. The code the
 table describes is Block.forward; a test holds it to within 5% of what autograd really keeps.
 
-With sequence groups, tokens are those of this rank: heads traded for tokens come to as many numbers.
+Of clips that a sequence group of g ranks shares, a rank keeps its share of the tokens; around self-attention it has 1/g
+of the heads for all T tokens of these clips, which come to as many numbers as T/g tokens:
+
+    none        queries, keys, values; what attention gives       4 b D for T/g tokens, the latter not for its share;
+                                                                   the former also for its share, beside whole clips
+    operations  the same, and the latter sent back                 4 b D for T/g tokens, beside those of its share
+    block       nothing more
 """
 
 import math
@@ -32,7 +38,7 @@ from dataclasses import dataclass, fields
 
 from sora_train.config.model import ModelConfig, TextConfig, TextKind
 from sora_train.config.optim import EmaConfig, EmaProfile
-from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
+from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision, group_size
 from sora_train.config.root import ConfigError, TrainConfig
 
 GIB = 2**30
@@ -51,6 +57,14 @@ class PackSize:
     text_rows: int
     samples: int
     image_rows: int = 0
+    share: int = 0  # those of the tokens that are of clips shared with neighbours
+    shared_tokens: int = 0  # of these clips, on all ranks of the group
+    group_size: int = 1
+
+    @property
+    def traded(self) -> float:
+        """The shared clips' tokens in this rank's self-attention, were they with all heads."""
+        return self.shared_tokens / self.group_size
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int  # fp32 copies of the weights, and Adam's two states
     ema: int
-    buffers: int  # in which DeepSpeed reduces gradients
+    buffers: int  # in which DeepSpeed reduces gradients, and queries, keys and values travel
     activations: int
     working: int  # of the block that is computed again while the rest is kept; 0 where none is
 
@@ -90,10 +104,12 @@ def estimate(config: TrainConfig, world_size: int, device_gib: float | None = No
     Raises:
         ConfigError: it is more than `device_gib`, or not even full recomputation fits in activation_memory_gib.
     """
-    model, parallel, pack = config.model, config.parallel, largest_pack(config)
+    model, parallel, pack = config.model, config.parallel, largest_pack(config, world_size)
     modes = block_modes(model, parallel, pack)
+    held = states(num_parameters(model), parallel, world_size, num_averages(config.ema))
+    held["buffers"] += 3 * _element(parallel.precision) * model.width * pack.share  # as they are sent
     needed = MemoryEstimate(
-        **states(num_parameters(model), parallel, world_size, num_averages(config.ema)),
+        **held,
         activations=activation_bytes(model, pack, modes, parallel.precision, parallel.offload_activations),
         working=working_bytes(model, pack, modes, parallel.precision),
     )
@@ -106,13 +122,18 @@ def estimate(config: TrainConfig, world_size: int, device_gib: float | None = No
     return needed
 
 
-def largest_pack(config: TrainConfig) -> PackSize:
-    """Of a training run: data.max_tokens_per_pack, and a caption of the greatest length for each 1,024 of them."""
+def largest_pack(config: TrainConfig, world_size: int) -> PackSize:
+    """Of a training run: data.max_tokens_per_pack, and a caption of the greatest length for each 1,024 of them.
+
+    Where ranks may share clips, all but one token are of shared clips: of level ranks it is that which needs most.
+    """
     tokens, model = config.data.max_tokens_per_pack, config.model
     samples = math.ceil(tokens / TOKENS_PER_CAPTION)
     rows = 1 + model.text.max_bytes if model.text.kind is TextKind.bytes else config.text_encoder.max_tokens
     image_rows = samples * (model.image_positions or 257) if model.image_width else 0
-    return PackSize(tokens, samples * rows, samples, image_rows)
+    size = group_size(config.parallel.largest_group, world_size, model.heads)
+    share = tokens - 1 if size > 1 else 0
+    return PackSize(tokens, samples * rows, samples, image_rows, share, size * share, size)
 
 
 # --- model states
@@ -193,7 +214,8 @@ def block_bytes(config: ModelConfig, pack: PackSize, mode: Checkpointing, precis
         # Matrix products that widen are not kept.
         hidden = (mlp if mlp <= width else 0) + (width if width <= mlp else 0)
         outputs = 9 + has_images
-        return pack.tokens * (b * (outputs * width + hidden) + softmax) + _rows(pack) * 2 * b * width
+        kept = pack.tokens * (b * (outputs * width + hidden) + softmax) + _rows(pack) * 2 * b * width
+        return kept + math.ceil(pack.traded * 4 * b * width + (pack.traded - pack.share) * 4 * config.heads)
     if mode is not Checkpointing.none:
         raise ValueError(f"{mode} is not the mode of a block")
     token, statistics = 40 + b * (11 + has_images), 16
@@ -205,6 +227,11 @@ def block_bytes(config: ModelConfig, pack: PackSize, mode: Checkpointing, precis
         token, statistics = token + 24, statistics + 12
         row, row_statistics = row + 8, 4
     kept = pack.tokens * (token * width + 2 * b * mlp + statistics + softmax)
+    # Tokens of whole clips and of the share lie in one tensor: attention to the former keeps the latter.
+    freed = 0 if pack.tokens > pack.share else pack.share
+    kept += math.ceil(
+        (pack.traded - freed) * 3 * b * width + (pack.traded - pack.share) * (b * width + 4 * config.heads)
+    )
     return kept + _rows(pack) * (row * width + row_statistics) + weights
 
 

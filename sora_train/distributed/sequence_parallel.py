@@ -7,6 +7,7 @@ there, one takes the result back. Who shares what comes with the layout, pack by
 """
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,25 +114,31 @@ class Ulysses:
         return back.unflatten(0, (size, tokens)).transpose(0, 1).flatten(1, 2)
 
 
-@torch.library.custom_op("sora_train::exchange", mutates_args=())
 def exchange(rows: Tensor, group: str, send: list[int], receive: list[int]) -> Tensor:
     """All-to-all of rows [sum(send), …] -> [sum(receive), …]: so many to, and from, each rank of the group, in order.
 
-    The counts are the host's: nothing waits for the device. An operator, so that selective checkpointing can keep what
-    travelled. Its gradient is the same exchange the other way.
+    The counts are the host's: nothing waits for the device. Its gradient is the same exchange the other way.
     """
+    received: Tensor = torch.ops.sora_train.exchange.default(rows, group, send, receive)
+    return received
+
+
+def _exchange(rows: Tensor, group: str, send: list[int], receive: list[int]) -> Tensor:
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=_group_of_name[group])
     return received
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    _, ctx.group, ctx.send, ctx.receive = inputs  # type: ignore[attr-defined]
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.group, ctx.send, ctx.receive = inputs
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    back = exchange(gradient, ctx.group, ctx.receive, ctx.send)  # type: ignore[attr-defined]
-    return back, None, None, None
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return exchange(gradient, ctx.group, ctx.receive, ctx.send), None, None, None
 
 
-exchange.register_autograd(_backward, setup_context=_remember)
+# An operator, so that selective checkpointing can keep what travelled. Not a `custom_op`: what that returns is in a
+# cycle of references, and stays in memory until the garbage collector comes by.
+torch.library.define("sora_train::exchange", "(Tensor rows, str group, int[] send, int[] receive) -> Tensor")
+torch.library.impl("sora_train::exchange", "CompositeExplicitAutograd", _exchange)
+torch.library.register_autograd("sora_train::exchange", _backward, setup_context=_remember)

@@ -131,9 +131,9 @@ def test_model_states_equal_deepspeeds_estimate(stage: int, ranks: int) -> None:
 
 def test_what_a_run_needs_is_said_in_one_line_and_refused_where_it_does_not_fit() -> None:
     config = TrainConfig(data=DataConfig(shards="s", max_tokens_per_pack=4096))
-    pack = largest_pack(config)
+    pack = largest_pack(config, 1)
     assert pack == PackSize(4096, 4 * 257, 4)
-    needed = estimate(config, 8)
+    needed = estimate(config, 1)
     modes = (Checkpointing.none,) * config.model.depth
     assert needed.activations == activation_bytes(config.model, pack, modes, Precision.bf16)
     assert needed.working == 0
@@ -141,12 +141,27 @@ def test_what_a_run_needs_is_said_in_one_line_and_refused_where_it_does_not_fit(
         (needed.parameters, needed.gradients, needed.optimizer, needed.ema, needed.buffers, needed.activations)
     )
     assert needed.line.startswith(f"memory: about {needed.total / GIB:.3g} GiB a rank")
-    assert estimate(replace(config, ema=EmaConfig(profile=EmaProfile.power)), 8).ema == 2 * needed.ema
+    assert estimate(replace(config, ema=EmaConfig(profile=EmaProfile.power)), 1).ema == 2 * needed.ema
     assert "activations" in needed.line
     assert "\n" not in needed.line
-    assert estimate(config, 8, needed.total / GIB + 0.1) == needed
+    assert estimate(config, 1, needed.total / GIB + 0.1) == needed
     with pytest.raises(ConfigError, match=r"lower data.max_tokens_per_pack=4096"):
-        estimate(config, 8, needed.total / GIB - 0.1)
+        estimate(config, 1, needed.total / GIB - 0.1)
+
+
+def test_ranks_that_share_clips_need_room_for_the_heads_they_trade() -> None:
+    """Beside whole clips: queries, keys and values a second time, and the buffer they are sent in."""
+    config = TrainConfig(data=DataConfig(shards="s", max_tokens_per_pack=4096))
+    heads = config.model.heads
+    size = max(size for size in (1, 2, 4, 8) if heads % size == 0)
+    shared = {"share": 4095, "shared_tokens": size * 4095, "group_size": size}
+    assert largest_pack(config, 64) == PackSize(4096, 4 * 257, 4, **shared)
+    alone = replace(config, parallel=ParallelConfig(largest_group=1))
+    assert largest_pack(alone, 64) == largest_pack(config, 1)
+    more, fewer = estimate(config, 64), estimate(alone, 64)
+    a_block = 3 * 2 * config.model.width * 4095
+    assert more.activations - fewer.activations == config.model.depth * a_block
+    assert more.buffers - fewer.buffers == a_block
 
 
 def test_offloading_keeps_two_blocks_on_the_device() -> None:
