@@ -72,6 +72,7 @@ def parts_of(bench: Bench, wan: ModelConfig, large: ModelConfig, depth: int) -> 
                     gpu_blocks.shares(bench, config, length, gpu_training.packs_of(bench, length)[:3])
 
     def training(config: ModelConfig, max_depth: int) -> None:
+        torch.compiler.reset()  # it gives up on code that it has compiled in eight forms
         end, tried = bench.deadline, gpu_training.modes(bench)
         for number, length in enumerate(gpu_training.BARS):
             # Longer clips take about twice as long for as many packings.

@@ -111,7 +111,7 @@ def speed(bench: Bench, heads: int) -> None:
                     f"median of {bench.repeats}: {seconds * 1e3:.3g} ms, {flops / seconds / 1e12:.3g} TFLOP/s; "
                     f"{dense_name}: {dense_seconds * 1e3:.3g} ms"
                 )
-                bar = VARLEN_BAR if name == AttentionKind.varlen.value else None
+                bar = bench.bar(VARLEN_BAR) if name == AttentionKind.varlen.value else None
                 bench.record(title, dense_seconds / seconds, "of dense", conditions, at_least=bar)
 
 

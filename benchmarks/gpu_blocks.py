@@ -118,7 +118,7 @@ def against_stock(bench: Bench, config: ModelConfig) -> None:
     bench.record(
         f"{config.name}: our blocks against stock ones on {kernel}", sum(theirs) / sum(ours), "times as fast",
         f"{sized.depth} blocks of width {sized.width}, {how}, forward and backward, {len(packs)} packs of the web mix; "
-        f"{tokens / sum(ours):.4g} against {tokens / sum(theirs):.4g} tokens/s", at_least=STOCK_BAR,
+        f"{tokens / sum(ours):.4g} against {tokens / sum(theirs):.4g} tokens/s", at_least=bench.bar(STOCK_BAR),
     )  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def against_padding(bench: Bench, config: ModelConfig) -> None:
         f"{config.name}: packed against padded", rate / padded_rate, "times the real tokens/s",
         f"{sized.depth} blocks, {len(packs)} packs of the web mix, {rate:.4g} tokens/s packed; {whose}, eager, "
         f"{len(batches)} batches of up to {limit} padded tokens, {share:.2g} of them real: {padded_rate:.4g} tokens/s",
-        at_least=PADDED_BAR,
+        at_least=bench.bar(PADDED_BAR),
     )  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def shares(bench: Bench, config: ModelConfig, length: str, grids: Sequence[Seque
             f"{config.name}, {length}-token clips: time of a block that is no matrix product, {how}",
             kinds["the rest"] / total, "of kernel time",
             f"{', '.join(f'{name} {seconds / total:.1%}' for name, seconds in kinds.items())}; of the rest: {longest}",
-            at_most=REST_BAR if is_compiled and bench.is_cuda else None,
+            at_most=bench.bar(REST_BAR) if is_compiled else None,
         )  # fmt: skip
 
 

@@ -78,6 +78,10 @@ class Bench:
         """Of the part that runs."""
         return self.deadline - time.perf_counter()
 
+    def bar(self, value: float) -> float | None:
+        """What a CUDA device is held to; a CPU is not."""
+        return value if self.is_cuda else None
+
     def record(
         self,
         name: str,
@@ -149,9 +153,14 @@ def clip_near(low: int, high: int, draw: random.Random) -> Grid:
 
 
 def equal_packs(count: int, low: int, high: int, limit: int, seed: int) -> list[list[Grid]]:
-    """Different packs of clips of about the same length, as many as fit in `limit` tokens."""
+    """Different packs of clips of about the same length, as many as fit in `limit` tokens.
+
+    Raises ValueError when there are hardly so many.
+    """
     draw, found = random.Random(seed), dict[tuple[Grid, ...], None]()
-    while len(found) < count:
+    for _ in range(100 * count):
+        if len(found) == count:
+            break
         clips: list[Grid] = []
         while True:
             clip = clip_near(low, high, draw)
@@ -159,6 +168,8 @@ def equal_packs(count: int, low: int, high: int, limit: int, seed: int) -> list[
                 break
             clips.append(clip)
         found[tuple(clips)] = None
+    if len(found) < count:
+        raise ValueError(f"{count} different packs of clips of {low} to {high} tokens: there are {len(found)}")
     return [list(clips) for clips in found]
 
 
@@ -168,12 +179,16 @@ def mixed_packs(count: int, limit: int, scale: int, seed: int) -> list[list[Grid
     with WEB_MIX.open() as file:
         sizes = [grid_of(row, scale) for row in csv.DictReader(file)]
     draw, packs = random.Random(seed), list[list[Grid]]()
-    while len(packs) < count:
+    for _ in range(100 * count):
+        if len(packs) == count:
+            break
         pack: list[Grid] = []
         while sum(map(math.prod, pack)) + math.prod(clip := draw.choice(sizes)) <= limit:
             pack.append(clip)
         if pack and pack not in packs:
             packs.append(pack)
+    if len(packs) < count:
+        raise ValueError(f"{count} different packs of at most {limit} tokens: there are {len(packs)}")
     return packs
 
 
