@@ -254,13 +254,13 @@ class Checkpoints:
         with reading(folder):
             reader = PieceReader(folder, manifest)
             wanted = ((kind, fragment.name) for fragment, kinds in self._kept() for kind in kinds)
-            absent = next((f"{kind}/{name}" for kind, name in wanted if not reader.has(kind, name)), None)
-            if absent := next(filter(None, gather_facts(absent)), None):
-                raise ConfigError(
-                    f"{folder} holds no {absent}: it was trained with another optim.kind, or other ema.profile or "
-                    "ema.lengths; go on with those, or choose another run_dir"
-                )
             try:
+                absent = next((f"{kind}/{name}" for kind, name in wanted if not reader.has(kind, name)), None)
+                if absent := next(filter(None, gather_facts(absent)), None):
+                    raise ConfigError(
+                        f"{folder} holds no {absent}: it was trained with another optim.kind, or other ema.profile or "
+                        "ema.lengths; go on with those, or choose another run_dir"
+                    )
                 for fragment, kinds in self._kept():
                     for kind, into in kinds.items():
                         reader.fill(kind, fragment.name, fragment.start, into)

@@ -46,7 +46,7 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         version, written = manifest["format_version"], manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{MANIFEST}: {error!r}") from error
     if not isinstance(manifest.get("files"), list):
         raise DamagedCheckpointError(f"{MANIFEST} lists no files")
@@ -138,7 +138,10 @@ class PieceReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = open_tensors(self._folder / name).__enter__()
+            try:
+                self._open[name] = open_tensors(self._folder / name).__enter__()
+            except (SafetensorError, OSError, ValueError) as error:
+                raise DamagedCheckpointError(f"{name}: {error}") from error
         return self._open[name]
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from sora_train.training.optim import build_optimizer
 
 OPTIM = OptimConfig(clip_norm=1.0, learning_rate=0.01, weight_decay=0.1)
 STEPS = 4
+KEEP_TWO = CheckpointConfig(keep=2)
 DIT = ModelConfig(
     width=24, depth=3, heads=2, mlp_width=48, in_channels=4, out_channels=4,
     text=TextConfig(kind=TextKind.encoder, width=16),
@@ -58,7 +59,14 @@ class Net(nn.Module):
 class Run:
     """An engine with its average and checkpoints, trained on rows that depend on the step alone."""
 
-    def __init__(self, world: World, folder: Path, stage: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        stage: int,
+        precision: Precision,
+        config: CheckpointConfig = KEEP_TWO,
+    ) -> None:
         torch.manual_seed(7)
         model = Net()
         parallel = ParallelConfig(zero_stage=stage, precision=precision)
@@ -67,7 +75,6 @@ class Run:
         self.shapes = {name: tuple(value.shape) for name, value in Net().named_parameters()}
         self.held = fragments(self.engine)
         self.ema = Ema(self.held, EmaConfig(decay=0.9))
-        config = CheckpointConfig(keep=2)
         self.checkpoints = Checkpoints(
             folder, config, world, engine=self.engine, held=self.held, ema=self.ema, facts={"config": {}}
         )

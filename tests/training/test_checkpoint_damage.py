@@ -1,0 +1,51 @@
+"""A checkpoint that is not as it was written is refused by the name of a file, and the one before is taken; nothing in
+it is ever run."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from damage import DAMAGES, NEW, build_model, damaged, write_run
+from hostile import PAYLOADS, Planted
+
+from sora_train.training.checkpoint_reading import latest_checkpoint, load_weights
+from sora_train.training.fragment_files import verify
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("pristine") / "run"
+    write_run(run_dir)
+    return run_dir
+
+
+def test_two_ranks_in_one_process_write_what_one_reads(pristine: Path) -> None:
+    folder = latest_checkpoint(pristine)
+    assert folder.name == f"step-{NEW:08d}"
+    verify(folder)
+    model = build_model()
+    assert load_weights(folder, model, "master") == NEW
+    assert torch.isfinite(model.weight).all()
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_refused_by_name_and_the_one_before_is_taken(pristine: Path, tmp_path: Path, kind: str) -> None:
+    first = list(DAMAGES).index(kind)
+    for case in range(first, 60, len(DAMAGES)):
+        assert damaged(pristine, tmp_path / str(case), case) == ""
+
+
+def test_the_walk_walks_and_what_is_planted_would_run(pristine: Path, tmp_path: Path) -> None:
+    planted = Planted(pristine, tmp_path)
+    assert planted.walk() == ""
+    assert planted.refused == [], "without a payload, nothing is refused"
+    pickle.loads(planted.pickle)
+    assert planted.ran.exists()
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_nothing_planted_in_a_checkpoint_or_config_runs(pristine: Path, tmp_path: Path, name: str) -> None:
+    planted = Planted(pristine, tmp_path)
+    PAYLOADS[name](planted)
+    assert planted.walk() == ""
