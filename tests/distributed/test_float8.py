@@ -11,11 +11,12 @@ from sora_train.config.model import ModelConfig, TextConfig, TextKind
 from sora_train.config.optim import OptimConfig
 from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision
 from sora_train.config.root import ConfigError
-from sora_train.cost.memory import PackSize
+from sora_train.cost.memory import PackSize, activation_bytes, states
 from sora_train.distributed import float8
 from sora_train.distributed.activations import BlockRunner
 from sora_train.distributed.compilation import compile_blocks
-from sora_train.distributed.float8 import LAYERS, apply_float8
+from sora_train.distributed.engine import deepspeed_config
+from sora_train.distributed.float8 import apply_float8
 from sora_train.distributed.parallelize import compute_dtype, parallelize
 from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import read_world
@@ -73,7 +74,10 @@ def test_the_large_layers_become_float8_and_parameters_stay_what_they_are(torcha
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     apply_float8(model, CPU, is_emulated=True)
     changed = linears - {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    assert changed == {f"blocks.{number}.{layer}" for number in range(SIZE.depth) for layer in LAYERS}
+    # Not those that rows of text and images alone pass, and nothing outside the blocks.
+    of_attention = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn2.to_q", "attn2.to_out"}
+    large = {*of_attention, "ffn.up", "ffn.down"}
+    assert changed == {f"blocks.{number}.{layer}" for number in range(SIZE.depth) for layer in large}
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in changed)
     after = dict(model.named_parameters())
     assert list(after) == list(before) == list(model.state_dict())
@@ -147,6 +151,17 @@ def test_what_float8_cannot_do_is_said_in_one_line(monkeypatch) -> None:
     odd = ModelConfig(width=24, heads=2, mlp_width=64, text=TextConfig(kind=TextKind.encoder, width=16))
     with pytest.raises(ConfigError, match=r"model.width=24 is no multiple of it"):
         apply_float8(model_of(odd), CPU, is_emulated=True)
+
+
+def test_all_that_float8_holds_is_bf16() -> None:
+    """Weights, gradients and activations; only products are float8."""
+    for stage in range(4):
+        fp8, bf16 = (ParallelConfig(zero_stage=stage, precision=each) for each in (Precision.fp8, Precision.bf16))
+        assert deepspeed_config(fp8, OptimConfig()) == deepspeed_config(bf16, OptimConfig())
+        assert states(1000, fp8, 2) == states(1000, bf16, 2)
+    modes, pack = (Checkpointing.none, Checkpointing.operations), PackSize(50, 20, 3)
+    held = [activation_bytes(NO_IMAGES, pack, modes, each) for each in (Precision.fp8, Precision.bf16)]
+    assert held[0] == held[1]
 
 
 def test_only_training_is_in_float8() -> None:
