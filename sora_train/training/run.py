@@ -52,6 +52,7 @@ FREE_TO_CHANGE = (
     "data.max_tokens_per_pack",  # packs are cut anew for each world; the batch stays
     "parallel.",
     "checkpoint.",
+    "ema.snapshot_every",
     "validation.",
     "sampling.",
     "tracking.",

@@ -80,6 +80,15 @@ def test_a_run_goes_on_with_the_same_settings_and_with_harmless_changes(build: C
     run.check(build(steps=9, parallel={"zero_stage": 3}, data=loading, tracking={"log_every": 1}))
 
 
+def test_snapshots_of_the_averages_may_be_taken_more_often_when_a_run_goes_on(
+    build: Callable[..., TrainConfig],
+) -> None:
+    save_checkpoint_of(build(ema={"profile": "power"}))
+    run.check(build(ema={"profile": "power", "snapshot_every": 7}))
+    with pytest.raises(ConfigError, match=r"allow_changes=\[ema\.lengths\]"):
+        run.check(build(ema={"profile": "power", "lengths": [0.05, 0.2]}))
+
+
 def test_other_settings_are_refused_with_the_difference_and_can_be_allowed_by_name(
     build: Callable[..., TrainConfig],
 ) -> None:
