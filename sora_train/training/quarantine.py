@@ -53,7 +53,8 @@ class Quarantine:
         """
         self._failed, self._clips = self._failed + failed, self._clips + failed + clips
         if self._clips >= ENOUGH_CLIPS and self._failed > self.max_bad_share * self._clips:
-            reasons = Counter(row["reason"] for row in read_ledger(self.path))
+            # A clip that ranks share may have failed on several.
+            reasons = Counter({_place(row): row["reason"] for row in read_ledger(self.path)}.values())
             summary = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
             raise ConfigError(
                 f"{self._failed} of {self._clips} clips could not be read (in {self.path}: {summary}), over "

@@ -54,7 +54,9 @@ def test_a_lost_ledger_comes_back_from_the_checkpoint_and_a_longer_one_stays(tmp
 
 def test_too_many_bad_clips_stop_the_run_with_a_summary(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path, 0.05)
-    quarantine.add(0, [FIRST, FIRST, SECOND])
+    quarantine.add(0, [FIRST, SECOND])
+    quarantine.add(0, [SECOND])  # shared with another rank, which could not read it either
+    quarantine.add(1, [FIRST])
     quarantine.check(failed=3, clips=20)  # too few to tell
     quarantine.check(failed=2, clips=75)
     with pytest.raises(ConfigError, match=r"6 of 107 clips .*frame_count 2, decode 1.*max_bad_share=0.05") as caught:
