@@ -3,9 +3,9 @@
     python -m sora_train.export RUN_DIR OUT_DIR
     python -m sora_train.export RUN_DIR/checkpoints/step-00000500 OUT_DIR --raw
 
-A model of Wan's architecture becomes a folder for diffusers' `WanTransformer3DModel.from_pretrained`, the transformer/
-of a pipeline; any other, as those that read their text as bytes, model.safetensors and the config.yaml of its run.
-`sora_train.sample` and a run's `init.weights` take either. The weights pass through memory a file at a time.
+A model of Wan's architecture becomes a folder for diffusers' `WanTransformer3DModel.from_pretrained`, which stands for
+the transformer/ of a pipeline and may be another run's `init.weights`; any other, as those that read their text as
+bytes, becomes model.safetensors and the config.yaml of its run. The weights pass through memory a file at a time.
 """
 
 from pathlib import Path
