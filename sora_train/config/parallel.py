@@ -38,7 +38,7 @@ class Checkpointing(Enum):
     """What the backward pass computes again instead of finding it in memory. Bytes are those a block of Wan 2.1 1.3B
     keeps in bf16 for a token and channel (cost/memory.py counts them for any)."""
 
-    none = "none"  # nothing: 113 bytes
+    none = "none"  # nothing: 91 bytes
     # Keeps what matrix products and attention gave, except the MLP's wide hidden layer, and computes the cheap rest
     # again: 20 bytes for about a tenth more FLOPs, less the longer the clips. Of compiled blocks it keeps what
     # attention gave: fewer bytes, more FLOPs.

@@ -7,14 +7,14 @@ N the heads; a row of text or image enters cross-attention only. Each line is a 
                                     a token                                       a row of text (and of images)
     none        norms 1, 3: input, output, scale, all float32      24 D
                 norm 2: input                                       4 D
-                queries and keys before and after their norm       24 D           8 D
+                queries and keys before their norm                3 b D             b D
                 queries, keys, values as attention takes them     4 b D           2 b D
-                what attention gives, and the same in rows        4 b D
+                what attention gives, and the same in rows        4 b D           (2 b D of a single document)
                 inputs of to_q (twice) and of the MLP             3 b D
                 MLP, before and after GELU                        2 b m
-                sub-layers' outputs and gates, float32             16 D
+                gates, float32, and sub-layers' outputs       8 D + 2 b D
                 statistics of norms and softmax               36 + 8 N            4
-                = 112 D + 8 m + … in fp32, 90 D + 4 m + … in bf16
+                = 100 D + 8 m + … in fp32, 68 D + 4 m + … in bf16
     operations  input, 6 outputs of matrix products on D,
                 the MLP's output, 2 of attention                 10 b D           2 b D
                 softmax                                              8 N
@@ -218,14 +218,16 @@ def block_bytes(config: ModelConfig, pack: PackSize, mode: Checkpointing, precis
         return kept + math.ceil(pack.traded * 4 * b * width + (pack.traded - pack.share) * 4 * config.heads)
     if mode is not Checkpointing.none:
         raise ValueError(f"{mode} is not the mode of a block")
-    token, statistics = 40 + b * (11 + has_images), 16
+    token, statistics = 32 + b * (13 + has_images), 16
+    if pack.samples == 1:  # what attention gives is one piece, and lies as rows do
+        token -= b * (2 - has_images)
     row, row_statistics, weights = 2 * b, 0, 0
     if config.cross_attention_norm:
         token, statistics = token + 4, statistics + 8
         weights = 8 * width if precision.is_bf16 else 0  # float32 copies of the norm's
     if config.qk_norm:
-        token, statistics = token + 24, statistics + 12
-        row, row_statistics = row + 8, 4
+        token, statistics = token + 3 * b, statistics + 12
+        row, row_statistics = row + b, 4
     kept = pack.tokens * (token * width + 2 * b * mlp + statistics + softmax)
     # Tokens of whole clips and of the share lie in one tensor: attention to the former keeps the latter.
     freed = 0 if pack.tokens > pack.share else pack.share
@@ -259,7 +261,8 @@ def edge_bytes(config: ModelConfig, pack: PackSize, precision: Precision, is_rec
     if precision.is_bf16:
         total += 4 * 7 * width**2  # float32 copies of the time embedding's weights
     if text.kind is TextKind.bytes:
-        row += 16 + text.layers * (text.width * (16 + 17 * b) + 4 * b + 8 + 4 * text.heads) + text.width * b + 2 * b
+        kept = 18 if pack.samples == 1 else 19  # a layer, of its width
+        row += 16 + text.layers * (kept * b * text.width + 4 * b + 8 + 4 * text.heads) + text.width * b + 2 * b
         sample += 4 * text.width
         if precision.is_bf16:
             total += 4 * text.width * width

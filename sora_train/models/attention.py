@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sora_train.config.parallel import AttentionKind
 from sora_train.models.attention_choice import choose_core
 from sora_train.models.attention_cores import Core, sdpa_per_document
+from sora_train.models.norms import RMSNorm
 from sora_train.models.pack_layout import PackLayout
 from sora_train.models.rope import rotate
 
@@ -30,14 +31,14 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
-        self.norm_q = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(width, width)
         self.has_image = has_image
         if has_image:
             self.add_k_proj = nn.Linear(width, width)
             self.add_v_proj = nn.Linear(width, width)
-            self.norm_added_k = nn.RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
+            self.norm_added_k = RMSNorm(width, eps=eps) if qk_norm else nn.Identity()
         self.core = sdpa_per_document
 
     def forward(

@@ -54,6 +54,14 @@ def per_token(rows_RD: Tensor, row_L: Tensor | None) -> Tensor:
     return rows_RD if row_L is None else F.embedding(row_L, rows_RD)
 
 
+def modulate(rows_LD: Tensor, scale_RD: Tensor, shift_RD: Tensor, row_L: Tensor | None) -> Tensor:
+    """rows (1 + scale) + shift, each row by its sample's, in float32.
+
+    Not `addcmul`, here and at the gates: eager autograd multiplies by its factor of 1 in passes of their own.
+    """
+    return (rows_LD * per_token(1 + scale_RD, row_L)).add_(per_token(shift_RD, row_L))
+
+
 class TimeEmbedding(nn.Module):
     """t -> the vector that conditions the output, [R, D], and the six that modulate each block, [R, 6, D]."""
 
@@ -152,17 +160,13 @@ class Block(nn.Module):
         shift1_RD, scale1_RD, gate1_RD, shift2_RD, scale2_RD, gate2_RD = rows
         dtype = tokens_LD.dtype
 
-        hidden_LD = torch.addcmul(
-            per_token(shift1_RD, row_L), self.norm1(tokens_LD), per_token(1 + scale1_RD, row_L)
-        ).to(dtype)
+        hidden_LD = modulate(self.norm1(tokens_LD), scale1_RD, shift1_RD, row_L).to(dtype)
         change_LD = self.attn1(hidden_LD, None, rotation, layout)
-        tokens_LD = torch.addcmul(tokens_LD.float(), change_LD.float(), per_token(gate1_RD, row_L)).to(dtype)
+        tokens_LD = (per_token(gate1_RD, row_L) * change_LD).add_(tokens_LD).to(dtype)
 
         hidden_LD = self.norm2(tokens_LD).to(dtype)
         tokens_LD = tokens_LD + self.attn2(hidden_LD, text_MD, None, layout, image_ID)
 
-        hidden_LD = torch.addcmul(
-            per_token(shift2_RD, row_L), self.norm3(tokens_LD), per_token(1 + scale2_RD, row_L)
-        ).to(dtype)
+        hidden_LD = modulate(self.norm3(tokens_LD), scale2_RD, shift2_RD, row_L).to(dtype)
         change_LD = self.ffn(hidden_LD)
-        return torch.addcmul(tokens_LD.float(), change_LD.float(), per_token(gate2_RD, row_L)).to(dtype)
+        return (per_token(gate2_RD, row_L) * change_LD).add_(tokens_LD).to(dtype)

@@ -25,6 +25,7 @@ from sora_train.models.layers import (
     ImageProjection,
     TextProjection,
     TimeEmbedding,
+    modulate,
     per_token,
 )
 from sora_train.models.pack_layout import PackLayout
@@ -139,9 +140,7 @@ class VideoDiT(nn.Module):
             tokens_LD = self.run_block(block, tokens_LD, text_MD, modulation_R6D, row_L, turn, layout, image_ID)
 
         shift_RD, scale_RD = (self.scale_shift_table.float() + time_RD[:, None]).unbind(1)
-        tokens_LD = torch.addcmul(
-            per_token(shift_RD, row_L), self.norm_out(tokens_LD), per_token(1 + scale_RD, row_L)
-        ).to(dtype)
+        tokens_LD = modulate(self.norm_out(tokens_LD), scale_RD, shift_RD, row_L).to(dtype)
         return self.proj_out(tokens_LD).float()
 
 
