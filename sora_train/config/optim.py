@@ -59,5 +59,5 @@ class EmaConfig:
     # With profile=power: widths as shares of the run so far; validation and samples use the first.
     lengths: list[float] = field(default_factory=lambda: [0.05, 0.1])
     # With profile=power: steps between snapshots of the averages, which stay; 0: none. 50 in a run give lengths from
-    # 0.03 to 0.2 to within some 1e-4 of the weights.
+    # 0.03 to 0.2 to within some 1e-5 of the weights.
     snapshot_every: int = 0
