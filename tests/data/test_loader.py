@@ -10,17 +10,30 @@ from corpus import CODEC, MODEL, data_config
 
 from sora_train.config.diffusion import TimestepConfig
 from sora_train.config.root import ConfigError
+from sora_train.data import sample as sample_module
 from sora_train.data.index import open_dataset
 from sora_train.data.loader import Loader, Pack, build_loader
 
 
-def loader_of(shards: Path, rank: int = 0, world_size: int = 1, **changes: object) -> Loader:
+def loader_of(
+    shards: Path, rank: int = 0, world_size: int = 1, largest_group: int = 1, **changes: object
+) -> Loader:
     config = data_config(shards, **changes)
-    return build_loader(config, MODEL, CODEC, TimestepConfig(), seed=3, global_rank=rank, world_size=world_size)
+    return build_loader(
+        config,
+        MODEL,
+        CODEC,
+        TimestepConfig(),
+        seed=3,
+        global_rank=rank,
+        world_size=world_size,
+        largest_group=largest_group,
+    )
 
 
 def by_index(packs: list[Pack]) -> dict[int, tuple[object, ...]]:
     """All that a clip brings to training, by its place in the global batch; no fillers."""
+    assert all(part == range(sample.num_tokens) for pack in packs for sample, part, *_ in pack.pieces)
     return {
         sample.index: (sample, frames.numpy().tobytes(), noise.numpy().tobytes(), float(t), text, float(weight))
         for pack in packs
@@ -148,3 +161,120 @@ def test_clips_of_a_shard_that_is_gone_fail_one_by_one(shards: Path, tmp_path: P
     assert {(failure.shard, failure.reason) for failure in failures} == {("main/shard-000003.tar", "missing_shard")}
     lost = sum(sample.shard == 3 for pack in packs for sample in pack.samples)
     assert len(failures) == lost
+
+
+def together(ranks: list[list[Pack]]) -> tuple[dict[int, tuple[object, ...]], int]:
+    """`by_index` of what the ranks hold together, each clip read by one of them and its tokens held once; and how many
+    tokens are shared."""
+    found: dict[int, tuple[object, ...]] = {}
+    texts: dict[int, set[tuple[object, ...]]] = {}
+    held: dict[int, list[int]] = {}
+    shared = 0
+    for packs in zip(*ranks, strict=True):
+        for pack in packs:
+            shared += sum(len(piece.part) for piece in pack.pieces if piece.shared is not None)
+            for place, (piece, frames, noise) in enumerate(zip(pack.pieces, pack.frames, pack.noise, strict=True)):
+                sample = piece.sample
+                if sample.shard < 0:
+                    continue
+                assert (frames is not None) == (noise is not None) == piece.is_owned
+                assert pack.weight[place] == 1
+                if piece.is_owned:
+                    assert sample.index not in found, "read once"
+                    found[sample.index] = (sample, frames.numpy().tobytes(), noise.numpy().tobytes())
+                if piece.part:
+                    held.setdefault(sample.index, []).extend(piece.part)
+                    texts.setdefault(sample.index, set()).add((float(pack.t_S[place]), pack.text[place]))
+    assert held == {index: list(range(sample.num_tokens)) for index, (sample, *_) in found.items()}
+    assert all(len(text) == 1 for text in texts.values()), "on all that hold tokens alike"
+    return {index: (*clip, *texts[index].pop(), 1.0) for index, clip in found.items()}, shared
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_group_reads_each_clip_once_and_sees_the_same_batch(
+    shards: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, decoded, decode = loader_of(shards), [], sample_module.decode_clip
+
+    def counted(data: bytes, row: object, *others: object, **more: object) -> object:
+        decoded.append(row)
+        return decode(data, row, *others, **more)
+
+    ranks = [
+        loader_of(shards, rank, world_size, largest_group=8, max_tokens_per_pack=1200 // world_size)
+        for rank in range(world_size)
+    ]
+    total = 0
+    for step in range(3):
+        alone = by_index(list(whole.packs(step)))
+        monkeypatch.setattr(sample_module, "decode_clip", counted)
+        found, shared = together([list(loader.packs(step)) for loader in ranks])
+        monkeypatch.setattr(sample_module, "decode_clip", decode)
+        assert found == alone
+        assert len(decoded) == len(alone)
+        decoded.clear()
+        total += shared
+        for loader in ranks:
+            assert all(pack.num_tokens <= 1200 // world_size for pack in loader.packs(step))
+    assert total > 2000
+
+
+def test_worker_processes_read_texts_without_media(shards: Path) -> None:
+    settings = {"world_size": 2, "largest_group": 2, "max_tokens_per_pack": 600}
+    here = [loader_of(shards, rank, **settings) for rank in range(2)]
+    there = [loader_of(shards, rank, workers=1, read_ahead=3, **settings) for rank in range(2)]
+    seen = 0
+    for step in range(3):
+        packs = [list(loader.packs(step)) for loader in there]
+        seen += sum(not piece.is_owned for rank in packs for pack in rank for piece in pack.pieces)
+        assert together(packs) == together([list(loader.packs(step)) for loader in here])
+        if step == 0:
+            for loader, read in zip(here, packs, strict=True):
+                for plan, pack in zip(loader.plans(step), read, strict=True):
+                    tasks = [task for task in loader._tasks(plan) if task is not None and not task.has_medium]
+                    assert all(task.places.num_bytes == 1 for task in tasks), "no memory for what is not read"
+                    assert len(tasks) == sum(not piece.is_owned for piece in pack.pieces)
+    assert seen > 3
+    for loader in there:
+        loader.close()
+
+
+def test_held_out_clips_are_shared_too(shards: Path) -> None:
+    whole = by_index(loader_of(shards, held_out_fraction=0.5).validation_packs(12))
+    settings = {"largest_group": 4, "max_tokens_per_pack": 300, "held_out_fraction": 0.5}
+    packs = [loader_of(shards, rank, 4, **settings).validation_packs(12) for rank in range(4)]
+    found, shared = together(packs)
+    assert found == whole
+    assert shared > 0
+
+
+def test_a_clip_that_no_group_can_hold_is_named_at_the_start(shards: Path) -> None:
+    message = (
+        r"clip clip\d+ of shard-\d+\.tar has 1008 tokens \(17 frames of 112x64\), over data\.max_tokens_per_pack=300"
+        r"{}: raise it, or lower data\.size\.max_pixels or max_frames"
+    )
+    on_each = " on each of the 2 ranks that may share it"
+    for world_size, largest_group, found in ((1, 8, ""), (4, 1, ""), (4, 2, on_each), (3, 8, on_each)):
+        with pytest.raises(ConfigError, match=message.format(found)):
+            loader_of(shards, 0, world_size, largest_group, max_tokens_per_pack=300)
+    loader_of(shards, 0, 4, 4, max_tokens_per_pack=300)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_of_the_ledger_is_masked_on_all_ranks_that_share_it(shards: Path, workers: int) -> None:
+    settings = {"world_size": 2, "largest_group": 2, "max_tokens_per_pack": 600, "workers": workers}
+    loaders = [loader_of(shards, rank, **settings) for rank in range(2)]
+    plan = next(plan for plan in loaders[0].plans(0) if plan.shared)
+    victim = plan.shared[0]
+    for loader in loaders:
+        loader.masked = {0: frozenset({(loader._shard_name(victim), victim.row.key)})}
+        packs = list(loader.packs(0))
+        loader.close()
+        assert not [failure for pack in packs for failure in pack.failures]
+        seen = [
+            (float(weight), tried)
+            for pack in packs
+            for piece, weight, tried in zip(pack.pieces, pack.weight, pack.is_tried, strict=True)
+            if piece.sample.index == victim.index
+        ]
+        assert seen == [(0.0, False)]
