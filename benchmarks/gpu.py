@@ -9,11 +9,12 @@ cuts off is lost, nothing else. Without --parts all run in one command, and the 
 commands, as above, give each training figure its 50 packings also on a device with much memory. On a CPU it runs with
 small sizes, to be tested: `--device cpu --scale 1024 --no-compile`.
 
-It needs torch (2.11 or later with CUDA 13 was in mind), triton, numpy and omegaconf, neither DeepSpeed nor a data set;
-torchao adds fp8, diffusers the padded model it is compared with. Where packages cannot be installed, wheels can be
-brought; these four are pure Python:
+It needs torch, triton, numpy and omegaconf, neither DeepSpeed nor a data set; torchao adds fp8, diffusers the padded
+model it is compared with (without it, our own is padded, and the figure says so). Where nothing can be installed from
+outside, wheels can be brought; these are pure Python (torchao too, but for kernels that are not used here):
 
     pip wheel --no-deps -w wheels omegaconf==2.3.1 antlr4-python3-runtime==4.9.3 diffusers==0.42.1 importlib_metadata
+    pip download --no-deps --only-binary=:all: --platform any -d wheels torchao==0.18.0
     python -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=site      # there
 
 The first session on a device, in this order:
@@ -26,6 +27,8 @@ as torch names it, for fp8 too; it is 0 where the peak is not known.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import re
 import sys
@@ -63,13 +66,20 @@ def parts_of(bench: Bench, wan: ModelConfig, large: ModelConfig, depth: int) -> 
             gpu_attention.speed(bench, config.heads)
 
     def blocks() -> None:
-        for measure in (gpu_blocks.against_stock, gpu_blocks.against_padding, gpu_blocks.pieces):
-            with bench.attempt(f"{wan.name}: {measure.__name__}"):
-                measure(bench, wan)
-        for config in (large, wan):
-            for length in gpu_training.BARS:
-                with bench.attempt(f"{config.name}, {length}-token clips: shares of time"):
-                    gpu_blocks.shares(bench, config, length, gpu_training.packs_of(bench, length)[:3])
+        todo: list[tuple[str, Callable[[], None]]] = [
+            (f"{wan.name}: {measure.__name__}", functools.partial(measure, bench, wan))
+            for measure in (gpu_blocks.against_stock, gpu_blocks.against_padding, gpu_blocks.pieces)
+        ]
+        for config, length in itertools.product((wan, large), gpu_training.BARS):
+            packs = gpu_training.packs_of(bench, length)[:3]
+            measure = functools.partial(gpu_blocks.shares, bench, config, length, packs)
+            todo.append((f"{config.name}, {length}-token clips: shares of time", measure))
+        for title, measure in todo:
+            if bench.seconds_left < 0:
+                print(f"  {title}: not measured, no time is left", flush=True)
+                continue
+            with bench.attempt(title):
+                measure()
 
     def training(config: ModelConfig, max_depth: int) -> None:
         torch.compiler.reset()  # it gives up on code that it has compiled in eight forms

@@ -94,6 +94,8 @@ class Bench:
         """One figure, written at once."""
         bar = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else ""
         holds = value >= at_least if at_least is not None else value <= at_most if at_most is not None else None
+        if not math.isfinite(value):
+            value, conditions = 1e30, f"not finite; {conditions}"
         place = f"{self.device_name}, torch {torch.__version__}, {str(self.dtype).removeprefix('torch.')}"
         self.write(Figure(name, value, unit, bar, holds, "; ".join([conditions, place, *self.notes])))
 
