@@ -93,15 +93,23 @@ def powers_of_two(batches: Iterable[Batch]) -> Iterator[Batch]:
 def _sdpa_of_batches(query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, batches: Iterable[Batch]) -> Tensor:
     batches = list(batches)
     rows, key_rows = [count * length for count, length, _ in batches], [count * length for count, _, length in batches]
-    parts = zip(batches, query_LNK.split(rows), key_MNK.split(key_rows), value_MNK.split(key_rows), strict=True)
-    # Four dimensions, also of one document, are what lets torch take its fused kernels.
-    out = [
-        F.scaled_dot_product_attention(
-            *(part.unflatten(0, (count, -1)).transpose(1, 2) for part in (query, key, value))
-        ).transpose(1, 2).flatten(0, 1)
-        for (count, _, _), query, key, value in parts
-    ]  # fmt: skip
-    return out[0] if len(out) == 1 else torch.cat(out)
+    # Four dimensions, also of one document, are what lets torch take its fused kernels; given to all documents at once,
+    # since each view of a small one costs as much as its arithmetic.
+    parts = zip(
+        batches,
+        query_LNK[None].split(rows, dim=1),
+        key_MNK[None].split(key_rows, dim=1),
+        value_MNK[None].split(key_rows, dim=1),
+        strict=True,
+    )
+    out = []
+    for (count, _, _), *inputs in parts:
+        if count > 1:
+            inputs = [part.reshape(count, -1, *part.shape[2:]) for part in inputs]
+        query, key, value = (part.transpose(1, 2) for part in inputs)
+        of_batch = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        out.append(of_batch if count == 1 else of_batch.flatten(0, 1)[None])
+    return (out[0] if len(out) == 1 else torch.cat(out, dim=1))[0]
 
 
 def torch_varlen(query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, layout: PackLayout, is_cross: bool) -> Tensor:
