@@ -2,11 +2,13 @@
 it is ever run."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from damage import DAMAGES, NEW, build_model, damaged, write_run
+from faults import ERRORS, OFFSETS, exceeds_the_system_s_limit, fails_at, is_read_only, size_of_a_save
 from hostile import PAYLOADS, Planted
 
 from sora_train.training.checkpoint_reading import latest_checkpoint, load_weights
@@ -49,3 +51,20 @@ def test_nothing_planted_in_a_checkpoint_or_config_runs(pristine: Path, tmp_path
     planted = Planted(pristine, tmp_path)
     PAYLOADS[name](planted)
     assert planted.walk() == ""
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_disk_that_fails_at_any_byte_costs_that_save_alone(pristine: Path, tmp_path: Path, error: str) -> None:
+    size = size_of_a_save(pristine)
+    for number in range(OFFSETS):
+        run_dir = tmp_path / str(number)
+        shutil.copytree(pristine, run_dir, symlinks=True)
+        assert fails_at(run_dir, size * number // OFFSETS, ERRORS[error]) == ""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5000])
+def test_a_limit_of_the_system_and_a_read_only_disk(pristine: Path, tmp_path: Path, limit: int) -> None:
+    shutil.copytree(pristine, tmp_path / "limit", symlinks=True)
+    assert exceeds_the_system_s_limit(tmp_path / "limit", limit) == ""
+    shutil.copytree(pristine, tmp_path / "read-only", symlinks=True)
+    assert is_read_only(tmp_path / "read-only") == ""
