@@ -1,6 +1,7 @@
 """What the weights of a new run start from: those of a Wan folder, each rank reading the pieces that it holds."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -48,6 +49,15 @@ def check_initial(init: InitConfig, model: ModelConfig, timesteps: TimestepConfi
         raise ConfigError(
             f"init.expert={init.expert.value} is asked for t {side} {boundary:g} alone, but diffusion.timesteps draws "
             f"all t: set diffusion.timesteps.{bound}={boundary:g}"
+        )
+
+
+def check_prompts(init: InitConfig, prompts: Sequence[str]) -> None:
+    """Raises ConfigError for prompts that an expert would have to sample alone."""
+    if init.expert is not None and prompts:
+        raise ConfigError(
+            f"validation.prompts would be sampled with the expert of {init.expert.value} noise alone: leave them empty "
+            "and use sora_train.sample, which takes both"
         )
 
 

@@ -25,9 +25,9 @@ from sora_train.encoders.video_codec import codec_shape
 from sora_train.generation import check_sizes
 from sora_train.models.video_dit import check_model
 from sora_train.training.checkpoint_folders import complete_checkpoints, folder_of
-from sora_train.training.fragment_files import DamagedCheckpointError, read_manifest
 from sora_train.training.first_frames import check_first_frames
-from sora_train.training.initial_weights import check_initial
+from sora_train.training.fragment_files import DamagedCheckpointError, read_manifest
+from sora_train.training.initial_weights import check_initial, check_prompts
 from sora_train.training.places import Folder
 from sora_train.training.quarantine import restore_ledger
 from sora_train.training.validation import validation_requests
@@ -114,6 +114,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
                 f"channels: set model.{name}={channels}"
             )
     check_sizes(validation_requests(config), config.model, codec_shape(config.codec))
+    check_prompts(config.init, config.validation.prompts)
     check_first_frames(config, codec_shape(config.codec))
     check_run_dir(Path(config.run_dir))
     check_settings(config.data)

@@ -12,7 +12,7 @@ from sora_train.config.model import ModelConfig, TextConfig, TextKind
 from sora_train.config.root import ConfigError
 from sora_train.models.video_dit import VideoDiT
 from sora_train.models.wan_weights import save_wan
-from sora_train.training.initial_weights import check_initial, check_same_model
+from sora_train.training.initial_weights import check_initial, check_prompts, check_same_model
 
 ALL = TimestepConfig()
 WAN_1_3B = ModelConfig(
@@ -94,6 +94,13 @@ def test_an_expert_has_its_own_noise(folder: Path) -> None:
     assert refused(InitConfig(path, Expert.low)).endswith("set diffusion.timesteps.high=0.875")
     check_initial(InitConfig(path, Expert.high), SMALL, TimestepConfig(low=0.875))
     check_initial(InitConfig(path, Expert.low), SMALL, TimestepConfig(high=0.9))
+
+
+def test_an_expert_samples_no_prompts_alone() -> None:
+    check_prompts(InitConfig("x", Expert.low), [])
+    check_prompts(InitConfig("x"), ["a"])
+    with pytest.raises(ConfigError, match=r"validation\.prompts would be sampled with the expert of low noise alone"):
+        check_prompts(InitConfig("x", Expert.low), ["a"])
 
 
 def test_nothing_of_the_folder_is_read_but_its_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
