@@ -115,7 +115,7 @@ def test_what_an_experiment_sets_wins_over_the_root() -> None:
         (["+foo=1", "data.shards=x"], "foo is not a setting"),
         ([], "data.shards is not set: pass data.shards=VALUE"),
         (["data.shards=x", "steps=many"], "steps: Value 'many'"),
-        (["data.shards=x", "parallel.precision=fp8"], "parallel.precision: Invalid value 'fp8'"),
+        (["data.shards=x", "parallel.precision=fp4"], "parallel.precision: Invalid value 'fp4'"),
         (["data.shards=x", "model=huge"], "model/huge"),
         (["data.shards=x", "model=tiny,s"], "add -m"),
         (["data.shards=x", "--config-name", "nope"], "nope"),
