@@ -12,7 +12,7 @@ from faults import ERRORS, OFFSETS, exceeds_the_system_s_limit, fails_at, is_rea
 from hostile import PAYLOADS, Planted
 
 from sora_train.training.checkpoint_reading import latest_checkpoint, load_weights
-from sora_train.training.fragment_files import verify
+from sora_train.training.fragment_files import DamagedCheckpointError, verify
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,13 @@ def test_a_limit_of_the_system_and_a_read_only_disk(pristine: Path, tmp_path: Pa
     assert exceeds_the_system_s_limit(tmp_path / "limit", limit) == ""
     shutil.copytree(pristine, tmp_path / "read-only", symlinks=True)
     assert is_read_only(tmp_path / "read-only") == ""
+
+
+def test_a_link_is_refused_whatever_it_leads_to(pristine: Path, tmp_path: Path) -> None:
+    shutil.copytree(pristine, tmp_path / "run", symlinks=True)
+    folder = tmp_path / "run" / "checkpoints" / f"step-{NEW:08d}"
+    path = folder / "rank-00000.safetensors"
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(DamagedCheckpointError, match="is a link, not a file"):
+        verify(folder)
