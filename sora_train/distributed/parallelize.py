@@ -11,7 +11,7 @@ import torch
 
 from sora_train.config.limits import check_parallel
 from sora_train.config.parallel import Checkpointing, ParallelConfig, Precision, group_size
-from sora_train.config.root import TrainConfig
+from sora_train.config.root import ConfigError, TrainConfig
 from sora_train.cost.memory import GIB, PackSize, block_modes, estimate
 from sora_train.distributed.activations import BlockRunner
 from sora_train.distributed.compilation import compile_blocks
@@ -49,7 +49,8 @@ def parallelize(
         is_quiet: say nothing.
 
     Raises:
-        ConfigError: a kernel that cannot run here, activations that do not fit in their budget.
+        ConfigError: a kernel that cannot run here, compiled blocks under ZeRO-2 or 3 on several ranks,
+            activations that do not fit in their budget.
     """
     check_parallel(config)
     reason = apply_core(model, config.attention, world.device, compute_dtype(config))
@@ -62,6 +63,13 @@ def parallelize(
                 module.core = Ulysses(module.core, groups)
     if pack is None:
         return
+    if config.compile and config.zero_stage >= 2 and world.world_size > 1:
+        # They reduce gradients, and fetch parameters, in the order in which a rank comes to them; a pack with a single
+        # row runs as it is, in another order than the compiled one on the next rank.
+        raise ConfigError(
+            f"parallel.compile=true gives wrong gradients with parallel.zero_stage={config.zero_stage} on "
+            f"{world.world_size} ranks: use parallel.zero_stage=0 or 1, or parallel.compile=false"
+        )
     if config.precision is Precision.fp8:
         apply_float8(model, world.device)
         if is_heard and not config.compile:

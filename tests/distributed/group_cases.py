@@ -145,10 +145,18 @@ VARIANTS = {
 }
 
 
-def engine_variants(world_size: int) -> list[str]:
+def plain_variants(world_size: int) -> list[str]:
     """Four processes take their time; what is applied from outside is alike in any world."""
     names = [name for name in VARIANTS if not VARIANTS[name].is_compiled]
     return names if world_size == 2 else names[:4]
+
+
+def engine_cases(world_size: int) -> list[tuple[int, str]]:
+    """Stages and variants. Compiled blocks in two processes, where `parallelize` allows them."""
+    cases = list(itertools.product(range(4), plain_variants(world_size)))
+    if world_size == 2:
+        cases += itertools.product(range(2), [name for name in VARIANTS if VARIANTS[name].is_compiled])
+    return cases
 
 
 def equals_one_process(world: World, groups: SequenceGroups, stage: int, name: str) -> dict[str, Any]:
@@ -234,7 +242,7 @@ def report(losses: list[float], errors: list[tuple[float, float]], steps: list[S
 
 def is_exact(world: World, groups: SequenceGroups) -> Iterator[dict[str, Any]]:
     """Without rounding to hide in."""
-    for name in engine_variants(world.world_size):
+    for name in plain_variants(world.world_size):
         with all_in_float64():
             yield {"variant": name, **train_bare(world, Ulysses(sdpa_per_document, groups), VARIANTS[name])}
 
@@ -350,7 +358,7 @@ def main(out: str) -> None:
     world = runtime.start(threads=1)
     groups = SequenceGroups.build(world, world.world_size)
     results: dict[str, list[dict[str, Any]]] = {"engine": [], "exact": [], "mutants": [], "memory": []}
-    for stage, name in itertools.product(range(4), engine_variants(world.world_size)):
+    for stage, name in engine_cases(world.world_size):
         result = equals_one_process(world, groups, stage, name)
         results["engine"].append({"stage": stage, "variant": name, **result})
     results["exact"] += is_exact(world, groups)

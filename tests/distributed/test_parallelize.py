@@ -201,6 +201,15 @@ def test_settings_that_do_nothing_together_are_refused(settings, message) -> Non
         parallelize(model_of(WAN), ParallelConfig(**settings), WORLD, NO_GROUPS, PackSize(8, 1, 1))
 
 
+def test_compiled_blocks_are_refused_where_ranks_reduce_gradients_as_they_come() -> None:
+    world, pack = replace(WORLD, world_size=2, local_world_size=2), PackSize(8, 1, 1)
+    for stage in (2, 3):
+        config = ParallelConfig(compile=True, zero_stage=stage)
+        with pytest.raises(ConfigError, match=f"parallel.zero_stage={stage} on 2 ranks: use"):
+            parallelize(model_of(WAN), config, world, NO_GROUPS, pack, is_quiet=True)
+        parallelize(model_of(WAN), config, world, NO_GROUPS, is_quiet=True)  # nothing is trained
+
+
 def test_a_model_that_is_not_trained_gets_a_kernel_only() -> None:
     model = model_of(WAN)
     config = ParallelConfig(checkpointing=Checkpointing.block, attention=AttentionKind.masked, compile=True)

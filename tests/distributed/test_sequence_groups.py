@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from group_cases import MUTANTS, engine_variants
+from group_cases import MUTANTS, engine_cases
 from group_steps import BYTES, SCHEDULES
 
 from sora_train.config.limits import check_parallel
@@ -43,7 +43,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.distributed
 def test_loss_and_gradients_equal_one_process_at_every_zero_stage(results: Results) -> None:
     """Every variant of the model and of what is kept. Of single parameters, small gradients have more rounding."""
-    assert len(results["engine"]) in (4 * len(engine_variants(2)), 4 * len(engine_variants(4)))
+    assert len(results["engine"]) in (len(engine_cases(2)), len(engine_cases(4)))
     for result in results["engine"]:
         assert result["loss"] < 1e-6, result
         assert result["gradient"] < 1e-6, result
@@ -55,9 +55,9 @@ def test_loss_and_gradients_equal_one_process_at_every_zero_stage(results: Resul
 def test_in_float64_every_gradient_is_exact(results: Results) -> None:
     for result in results["exact"]:
         assert max(result["loss"], result["gradient"], result["parameter"]) < 1e-12, result
-        # All that makes sharing hard comes up.
-        assert min(value for name, value in result.items() if name not in ("variant", "loss", "gradient", "parameter"))
-    assert {"empty shares", "fillers", "whole beside a share", "cuts inside a clip", "uneven shares"} <= result.keys()
+    # All that makes sharing hard comes up.
+    for name in ("empty shares", "fillers", "whole beside a share", "cuts inside a clip", "uneven shares"):
+        assert sum(result[name] for result in results["exact"]) > 2, name
 
 
 @pytest.mark.slow
