@@ -78,3 +78,13 @@ def test_a_link_is_refused_whatever_it_leads_to(pristine: Path, tmp_path: Path) 
     path.symlink_to(tmp_path / "moved")
     with pytest.raises(DamagedCheckpointError, match="is a link, not a file"):
         verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../../../outside/precious", "..", ""])
+def test_a_file_elsewhere_is_refused_even_if_it_is_as_the_manifest_says(
+    pristine: Path, tmp_path: Path, name: str
+) -> None:
+    planted = Planted(pristine, tmp_path)
+    planted.files(name)
+    with pytest.raises(DamagedCheckpointError, match=r"no plain file name|is missing"):
+        verify(planted.folder)
