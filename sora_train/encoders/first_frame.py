@@ -106,7 +106,7 @@ def load_image_encoder(
     if kind not in ("clip_vision_model", "clip"):
         raise ConfigError(f"image_encoder.path={config.path} is a {kind}: give a CLIP vision encoder")
     try:
-        model = transformers.CLIPVisionModel.from_pretrained(weights, dtype=dtype)
+        model: Any = transformers.CLIPVisionModel.from_pretrained(weights, dtype=dtype)
     except OSError as error:
         raise ConfigError(f"image_encoder.path={config.path}: {str(error).splitlines()[0]}") from error
     if model.config.hidden_size != width:
