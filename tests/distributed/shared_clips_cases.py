@@ -239,6 +239,13 @@ def trains(world: World, groups: SequenceGroups, folder: Path) -> dict[str, Any]
         "zero 3, a worker": Setting(replace(data, workers=1), stage=3),
         "by samples, latents predicted": Setting(data, diffusion=samples),
         "one partition a step": Setting(data, stage=3, regroups=False),
+        "first frames clean": Setting(data, diffusion=DiffusionConfig(first_frame_probability=0.5)),
+        "first frames beside the noise": Setting(
+            data,
+            model=replace(MODEL, condition_channels=2 + 96),  # a mask and the codec's latents
+            diffusion=DiffusionConfig(first_frame_probability=1.0),
+            stage=3,
+        ),
     }.items():
         found[name] = compared(world, groups, setting)
     size = SizeConfig(max_pixels=8960, max_frames=9, sampling_fps=8.0)
