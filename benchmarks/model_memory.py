@@ -64,18 +64,26 @@ def kept_and_counted(
     torch.set_default_dtype(torch.float32)
     model.run_block = BlockRunner(dict.fromkeys(model.blocks, mode), None, call_block)
     channels = config.in_channels * config.patch_frames * config.patch_height * config.patch_width
-    rows: Tensor = torch.randn(sum(text), config.text.width)
-    if config.text.kind is TextKind.bytes:
-        rows = torch.randint(0, 256, (sum(text),))
-    positions_L3 = torch.zeros(sum(lengths), 3, dtype=torch.int64)
-    inputs = torch.randn(sum(lengths), channels), positions_L3, torch.rand(len(lengths)), rows
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         with Allocations(list(model.parameters())) as allocations:
-            out = model(*inputs, layout or PackLayout.build(lengths, text))
+            # What goes in is counted too, where the model keeps it.
+            out = model(
+                torch.randn(sum(lengths), channels),
+                torch.zeros(sum(lengths), 3, dtype=torch.int64),
+                torch.rand(len(lengths)),
+                _text(config.text, sum(text)),
+                layout or PackLayout.build(lengths, text),
+            )
         kept = allocations.alive
         if has_backward:
             out.sum().backward()
     return kept, counter.get_total_flops()
+
+
+def _text(config: TextConfig, rows: int) -> Tensor:
+    """Bytes, or rows as a frozen encoder gives them."""
+    is_bytes = config.kind is TextKind.bytes
+    return torch.randint(0, 256, (rows,)) if is_bytes else torch.randn(rows, config.width)
 
 
 def random_case(seed: int) -> tuple[ModelConfig, list[int], list[int]]:
