@@ -54,9 +54,11 @@ class TextEncoder:
         texts = [" ".join(caption.split()) for caption in captions]
         batch = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.model.device)
+        )
+        lengths = batch.attention_mask.sum(1).tolist()  # before they are on the device: nothing waits for it
+        batch = batch.to(self.model.device, non_blocking=True)
         hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        rows = [h[:length] for h, length in zip(hidden, batch.attention_mask.sum(1).tolist(), strict=True)]
+        rows = [h[:length] for h, length in zip(hidden, lengths, strict=True)]
         if not self.pad_to_max:
             return rows
         return [torch.cat([r, r.new_zeros(self.max_tokens - r.shape[0], self.width)]) for r in rows]

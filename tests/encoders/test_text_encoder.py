@@ -1,11 +1,13 @@
 """T5 and UMT5 from tiny random folders with a tokenizer of a few words."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sora_train.config.encoders import TextEncoderConfig
 from sora_train.config.root import ConfigError
-from sora_train.encoders.text_encoder import load_text_encoder
+from sora_train.encoders.text_encoder import TextEncoder, load_text_encoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -52,6 +54,22 @@ def test_padding_as_wan_wants_it(folder):
         assert full.shape == (8, 12)
         assert torch.equal(full[: short.shape[0]], short)
         assert full[short.shape[0] :].abs().max() == 0
+
+
+def test_nothing_is_asked_of_the_device(folder):
+    """Which is none here: tensors without numbers, that cannot be read back."""
+    loaded = load(folder, max_tokens=8)
+
+    class Hidden(torch.nn.Module):
+        config, device = loaded.model.config, torch.device("meta")
+
+        def forward(self, input_ids, attention_mask):
+            assert attention_mask.device == self.device
+            rows = torch.empty(*input_ids.shape, self.config.d_model, device=input_ids.device)
+            return SimpleNamespace(last_hidden_state=rows)
+
+    rows = TextEncoder(Hidden(), loaded.tokenizer, 8, pad_to_max=False).encode(["a red circle", ""])
+    assert [tuple(each.shape) for each in rows] == [(4, 12), (1, 12)]
 
 
 def test_a_pipeline_folder_is_found(folder, tmp_path_factory):
