@@ -72,13 +72,22 @@ def verify(folder: Folder, share: int = 0, shares: int = 1) -> None:
         DamagedCheckpointError: naming the first file that differs or is missing.
     """
     for entry in read_manifest(folder)["files"][share::shares]:
-        try:
-            name, size, sha256 = str(entry["name"]), entry["bytes"], entry["sha256"]
-            check_file(folder, name, size)
-            if sha256_of(folder / name) != sha256:
-                raise DamagedCheckpointError(f"{name} has another SHA-256 than when it was written")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedCheckpointError(f"{entry}: {error!r}") from error
+        verify_file(folder, entry)
+
+
+def verify_file(folder: Folder, entry: dict[str, Any]) -> None:
+    """Compares size and SHA-256 of a file with its entry in the manifest.
+
+    Raises:
+        DamagedCheckpointError: naming the file.
+    """
+    try:
+        name, size, sha256 = str(entry["name"]), entry["bytes"], entry["sha256"]
+        check_file(folder, name, size)
+        if sha256_of(folder / name) != sha256:
+            raise DamagedCheckpointError(f"{name} has another SHA-256 than when it was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{entry}: {error!r}") from error
 
 
 def check_file(folder: Folder, name: str, size: int) -> None:

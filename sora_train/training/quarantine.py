@@ -17,7 +17,7 @@ from typing import Any
 from sora_train.config.root import ConfigError
 from sora_train.data.pack import Failure
 from sora_train.training.checkpoint_folders import complete_checkpoints
-from sora_train.training.fragment_files import LEDGER
+from sora_train.training.fragment_files import LEDGER, DamagedCheckpointError, read_manifest, verify_file
 from sora_train.training.places import Folder
 
 # Fewer clips than this say nothing about a share.
@@ -63,12 +63,19 @@ class Quarantine:
 
 
 def restore_ledger(run_dir: Path, checkpoints: Folder) -> None:
-    """Adds what the newest checkpoint's ledger holds and the run directory's has lost. For one rank, at the start."""
+    """Adds what the newest checkpoint's ledger holds and the run directory's has lost. For one rank, at the start. A
+    damaged one is passed over, as `Checkpoints.load_latest` will."""
     known = {_place(row) for row in read_ledger(run_dir / LEDGER)}
-    for folder in complete_checkpoints(checkpoints)[:1]:
-        for row in read_ledger(folder / LEDGER):
-            if _place(row) not in known:
-                _append(run_dir / LEDGER, row)
+    for folder in complete_checkpoints(checkpoints):
+        try:
+            for entry in (entry for entry in read_manifest(folder)["files"] if entry["name"] == LEDGER):
+                verify_file(folder, entry)
+                for row in read_ledger(folder / LEDGER):
+                    if _place(row) not in known:
+                        _append(run_dir / LEDGER, row)
+            return
+        except DamagedCheckpointError:
+            continue
 
 
 def read_ledger(path: Folder) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 
 from sora_train.config.root import ConfigError
 from sora_train.data.pack import Failure
-from sora_train.training.fragment_files import LEDGER, MANIFEST
+from sora_train.training.fragment_files import FORMAT_VERSION, LEDGER, MANIFEST, digest, entry_of
 from sora_train.training.quarantine import Quarantine, read_ledger, restore_ledger
 
 FIRST, SECOND = Failure("clip-1", "a.tar", "frame_count"), Failure("clip-2", "a.tar", "decode")
@@ -15,6 +15,16 @@ FIRST, SECOND = Failure("clip-1", "a.tar", "frame_count"), Failure("clip-2", "a.
 
 def places(run_dir: Path) -> list[tuple[int, str, str]]:
     return [(row["step"], row["key"], row["reason"]) for row in read_ledger(run_dir / LEDGER)]
+
+
+def save_ledger(run_dir: Path, step: int) -> Path:
+    """As a checkpoint has it."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / LEDGER).write_bytes((run_dir / LEDGER).read_bytes())
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": [entry_of(folder / LEDGER)]}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
+    return folder / LEDGER
 
 
 def test_a_resumed_run_masks_what_failed_at_the_same_steps(tmp_path: Path) -> None:
@@ -40,14 +50,21 @@ def test_a_line_cut_off_by_a_kill_loses_no_other(tmp_path: Path) -> None:
 
 def test_a_lost_ledger_comes_back_from_the_checkpoint_and_a_longer_one_stays(tmp_path: Path) -> None:
     Quarantine(tmp_path, 0.05).add(3, [FIRST])
-    folder = tmp_path / "checkpoints" / "step-00000005"
-    folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text("{}")
-    (folder / LEDGER).write_bytes((tmp_path / LEDGER).read_bytes())
+    save_ledger(tmp_path, 5)
     Quarantine(tmp_path, 0.05).add(7, [SECOND])  # after the checkpoint: known when step 7 is done again
     restore_ledger(tmp_path, tmp_path / "checkpoints")
     assert places(tmp_path) == [(3, "clip-1", "frame_count"), (7, "clip-2", "decode")]
     (tmp_path / LEDGER).unlink()
+    restore_ledger(tmp_path, tmp_path / "checkpoints")
+    assert places(tmp_path) == [(3, "clip-1", "frame_count")]
+
+
+def test_a_damaged_ledger_is_passed_over(tmp_path: Path) -> None:
+    Quarantine(tmp_path, 0.05).add(3, [FIRST])
+    save_ledger(tmp_path, 5)
+    newest = save_ledger(tmp_path, 9)
+    (tmp_path / LEDGER).unlink()
+    newest.write_bytes(newest.read_bytes().replace(b": 3", b"; 3"))
     restore_ledger(tmp_path, tmp_path / "checkpoints")
     assert places(tmp_path) == [(3, "clip-1", "frame_count")]
 
