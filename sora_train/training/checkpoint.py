@@ -164,6 +164,7 @@ class Checkpoints:
                     with suppress(OSError):  # what went wrong first is what is told
                         self._store.discard(state.step)
                 raise
+            self._writers.together(lambda: self._remove_old() if self.world.is_main else None)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{error} is not finite after step {state.step}, which is not saved: run the command again to go on "
@@ -201,6 +202,8 @@ class Checkpoints:
         }
         manifest["sha256"] = digest(manifest)
         self._store.commit(state.step, json.dumps(manifest, sort_keys=True))
+
+    def _remove_old(self) -> None:
         try:
             apply_retention(self._store, self.config)
         except OSError as error:

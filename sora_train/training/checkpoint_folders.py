@@ -12,16 +12,17 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sora_train.config.checkpoint import CheckpointConfig
-from sora_train.training.fragment_files import MANIFEST, DamagedCheckpointError, read_manifest, sync
+from sora_train.training.fragment_files import MANIFEST, DamagedCheckpointError, OtherFormatError, read_manifest, sync
 from sora_train.training.places import Folder, RemoteFolder, folder_at, new_file, size_of
 
 LATEST = "latest"
 _STEP = re.compile(r"step-(\d{8,})")
 _WRITING, _REMOVING = ".writing-", ".removing-"
+_LEFT = re.compile(r"\.(writing|removing)-step-\d{8,}")
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class LocalCheckpoints:
         """Makes room, first of all by removing what a run that was killed while writing or removing left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            if path.name.startswith((_WRITING, _REMOVING)):
+            if _LEFT.fullmatch(path.name):
                 _remove_tree(path)
         self.writing(step).mkdir()
 
@@ -113,6 +114,8 @@ class LocalCheckpoints:
             except BlockingIOError:
                 log.info("%s is being read: it is removed later", path)
                 return
+            except OSError as error:
+                log.debug("%s: no locks here: %s", path, error)
             away = path.with_name(_REMOVING + path.name)  # a kill while removing leaves no half checkpoint
             path.rename(away)
         shutil.rmtree(away)
@@ -136,7 +139,7 @@ class RemoteCheckpoints:
         """The files are complete: from here on, so is the checkpoint."""
         for later in complete_checkpoints(self.folder):
             if step_of(later) > step:  # damaged, see `LocalCheckpoints.commit`; its files stay
-                (self.folder / later.name / MANIFEST).remove()
+                _put_aside(self.folder / later.name)
         with new_file(self.writing(step) / MANIFEST) as file:
             file.write(manifest.encode())
 
@@ -148,6 +151,15 @@ class RemoteCheckpoints:
     def remove(self, checkpoint: Folder) -> None:
         """Removes a checkpoint."""
         self.discard(step_of(checkpoint))
+
+
+def _put_aside(checkpoint: RemoteFolder) -> None:
+    """Makes it none, of which nothing is lost: what could not be read may have been the network."""
+    with suppress(OSError):
+        content = (checkpoint / MANIFEST).read_bytes()
+        with new_file(checkpoint / f"replaced-{MANIFEST}") as file:
+            file.write(content)
+    (checkpoint / MANIFEST).remove()
 
 
 Store = LocalCheckpoints | RemoteCheckpoints
@@ -181,7 +193,7 @@ def apply_retention(store: Store, config: CheckpointConfig) -> None:
     for checkpoint in complete_checkpoints(store.folder):
         try:
             manifest = read_manifest(checkpoint)
-        except DamagedCheckpointError:
+        except (DamagedCheckpointError, OtherFormatError):
             continue
         if not saved and any(size_of(checkpoint / entry["name"]) != entry["bytes"] for entry in manifest["files"]):
             return
@@ -198,7 +210,8 @@ def reading(checkpoint: Folder) -> Iterator[None]:
         yield
         return
     with (checkpoint / MANIFEST).open("rb") as manifest:
-        fcntl.flock(manifest, fcntl.LOCK_SH)
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(manifest, fcntl.LOCK_SH)
         yield
 
 

@@ -1,5 +1,6 @@
 """Which checkpoints go, which formats are read, and checkpoints behind a URL."""
 
+import errno
 import json
 import logging
 import random
@@ -126,6 +127,33 @@ def test_none_goes_while_the_newest_is_not_all_there(tmp_path: Path, monkeypatch
     assert steps(saved) == [2, 1]
 
 
+def test_an_old_one_of_another_format_stays_and_stops_nothing(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path, keep=1)
+    save(saved, 1)
+    edit(saved.folder / "step-00000001", format_version=99)
+    save(saved, 2, 3)
+    assert steps(saved) == [3, 1]
+
+
+def test_without_locks_checkpoints_are_read_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("sora_train.training.checkpoint_folders.fcntl.flock", flock)
+    saved = checkpoints(tmp_path, keep=1)
+    save(saved, 1, 2)
+    assert steps(saved) == [2]
+    assert load_weights(saved.folder / "step-00000002", nn.Linear(3, 2, bias=False)) == 2
+
+
+def test_what_others_write_there_stays(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path)
+    for name in (".writing-export", ".removing-old"):
+        (saved.folder / name).mkdir(parents=True)
+    save(saved, 1)
+    assert {".writing-export", ".removing-old"} < {path.name for path in saved.folder.iterdir()}
+
+
 def test_a_removal_that_fails_costs_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -233,6 +261,32 @@ def test_behind_a_url_a_failed_save_leaves_nothing(
         save(saved, 6)
     assert steps(saved) == [5]
     assert [path.name for path in saved.folder.iterdir()] == ["step-00000005"]
+
+
+def test_behind_a_url_a_failed_removal_costs_no_checkpoint(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoreError(Exception):
+        """Stores have their own."""
+
+    def fails(*_: object) -> None:
+        raise StoreError("slow down")
+
+    saved = checkpoints(tmp_path, folder=url, keep=1)
+    monkeypatch.setattr(module, "apply_retention", fails)
+    with pytest.raises(SaveError, match="slow down"):
+        save(saved, 5)
+    verify(complete_checkpoints(saved.folder)[0])
+
+
+def test_behind_a_url_a_later_one_that_could_not_be_read_is_not_lost(tmp_path: Path, url: str) -> None:
+    saved = checkpoints(tmp_path, folder=url)
+    save(saved, 9)
+    later = saved.folder / "step-00000009"
+    content = (later / MANIFEST).read_bytes()
+    save(saved, 7)
+    assert steps(saved) == [7]
+    assert (later / f"replaced-{MANIFEST}").read_bytes() == content
 
 
 def test_a_later_one_that_was_damaged_is_no_checkpoint_any_more(tmp_path: Path, url: str) -> None:
