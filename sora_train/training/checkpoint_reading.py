@@ -4,9 +4,11 @@ import logging
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from sora_train.config.root import ConfigError, TrainConfig, load_config
+from sora_train.config.checkpoint import CheckpointConfig
+from sora_train.config.root import ConfigError
 from sora_train.training.checkpoint_folders import complete_checkpoints, folder_of, reading
 from sora_train.training.fragment_files import MANIFEST, DamagedCheckpointError, PieceReader, read_manifest, verify
 from sora_train.training.places import Folder
@@ -36,11 +38,11 @@ def latest_checkpoint(run_dir: Path) -> Folder:
 
 
 def checkpoints_of(run_dir: Path) -> Folder:
-    """Where a run's checkpoints are, by the config it left: not always in its directory."""
-    written = run_dir / "config.yaml"
-    if (run_dir / "checkpoints").is_dir() or not written.is_file():
-        return run_dir / "checkpoints"
-    return folder_of(run_dir, load_config(TrainConfig, written).checkpoint)
+    """Where a run's checkpoints are, by the config it left: not always in its directory, unless it was moved there."""
+    written, inside = run_dir / "config.yaml", run_dir / "checkpoints"
+    place = OmegaConf.select(OmegaConf.load(written), "checkpoint.folder") if written.is_file() else None
+    folder = folder_of(run_dir, CheckpointConfig(folder=place or ""))
+    return inside if inside.is_dir() and not complete_checkpoints(folder) else folder
 
 
 def load_weights(checkpoint: Folder, model: nn.Module, kind: str = "ema") -> int:

@@ -1,11 +1,13 @@
 """The run directory's memory of what is being trained: config, fingerprints, how it ended."""
 
 import atexit
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,20 @@ from typing import Any
 import fsspec
 from omegaconf import OmegaConf
 
+from sora_train.config.checkpoint import CheckpointConfig
 from sora_train.config.data import DataConfig, dataset_configs
 from sora_train.config.limits import check_limits
 from sora_train.config.root import ConfigError, TrainConfig, known_keys, save_config
 from sora_train.data.loader import check_settings
 from sora_train.data.order import open_datasets
 from sora_train.data.stages import build_stages
-from sora_train.distributed.collectives import barrier
+from sora_train.distributed.collectives import barrier, gather_facts
 from sora_train.distributed.topology import World
 from sora_train.encoders.video_codec import codec_shape
 from sora_train.generation import check_sizes
 from sora_train.models.video_dit import check_model
 from sora_train.training.checkpoint_folders import complete_checkpoints, folder_of
+from sora_train.training.checkpoint_reading import checkpoints_of
 from sora_train.training.first_frames import check_first_frames
 from sora_train.training.fragment_files import DamagedCheckpointError, read_manifest
 from sora_train.training.initial_weights import check_initial, check_prompts
@@ -33,6 +37,7 @@ from sora_train.training.quarantine import restore_ledger
 from sora_train.training.validation import validation_requests
 
 STATUS = "status.json"
+LOCK = ".lock"
 # May differ between the start of a run and its continuation: they do not change what is learnt, or are meant to be
 # extended. Everything else needs allow_changes.
 FREE_TO_CHANGE = (
@@ -104,6 +109,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
     """
     check_limits(config)
     check_model(config.model)
+    check_same_place(Path(config.run_dir), config.checkpoint)
     if not complete_checkpoints(folder_of(Path(config.run_dir), config.checkpoint)):  # a run that goes on has its own
         check_initial(config.init, config.model, config.diffusion.timesteps)
     channels = codec_shape(config.codec).channels
@@ -134,10 +140,22 @@ def check_run_dir(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir}: {there} is not writable: choose another run_dir")
 
 
+def check_same_place(run_dir: Path, config: CheckpointConfig) -> None:
+    """Raises ConfigError for a run whose checkpoints are elsewhere: it would begin anew and drop what it has logged."""
+    old, new = checkpoints_of(run_dir), folder_of(run_dir, config)
+    if old != new and complete_checkpoints(old) and not complete_checkpoints(new):
+        raise ConfigError(
+            f"checkpoint.folder={config.folder or '(empty)'}, but the checkpoints of {run_dir} are in {old}: set that, "
+            "move them, or choose another run_dir"
+        )
+
+
 def open_run_dir(config: TrainConfig, world: World) -> Path:
     """Makes the run directory with its config and turns logging on; rank 0 speaks for all."""
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s", force=True)
     run_dir = Path(config.run_dir)
+    if problem := gather_facts(lock(run_dir) if world.is_main else None)[0]:
+        raise ConfigError(problem)
     if world.is_main:
         save_config(config, run_dir / "config.yaml")
         write_status(run_dir, "running", None)
@@ -145,6 +163,28 @@ def open_run_dir(config: TrainConfig, world: World) -> Path:
         restore_ledger(run_dir, folder_of(run_dir, config.checkpoint))
     barrier()
     return run_dir
+
+
+def lock(run_dir: Path, patience_seconds: float = 30.0) -> str | None:
+    """Makes the run directory this process's own until it ends: two runs in one would remove what the other writes.
+
+    Returns:
+        What is wrong, where another process holds it for longer than one takes that was killed.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would give the lock away
+    last = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # children do not inherit it
+            return None
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > last:
+                return f"run_dir={run_dir} is being trained by another process: end that, or choose another run_dir"
+            time.sleep(0.2)
+        except OSError as error:
+            log.info("%s: no locks here (%s): start no second run in it", run_dir, error)
+            return None
 
 
 def close_run_dir(run_dir: Path, world: World, state: str, step: int) -> None:
@@ -167,7 +207,7 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
             raise ConfigError(f"allow_changes: {name} is not a setting")
     old_facts = _newest_manifest(folder_of(Path(config.run_dir), config.checkpoint))
     if old_facts is not None:
-        old, new = flatten(old_facts["config"]), flatten(new_facts["config"])
+        old, new = _with_defaults(flatten(old_facts["config"])), flatten(new_facts["config"])
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         free = (*FREE_TO_CHANGE, *(f"data.datasets.{name}.shards" for name in old_facts["data_sha256"]))
         refused = [key for key in changed if not key.startswith((*free, *config.allow_changes))]
@@ -187,6 +227,13 @@ def check_continuation(config: TrainConfig, new_facts: dict[str, Any]) -> None:
                 f"{what} holds other data than {config.run_dir} was trained on: "
                 "choose another run_dir, or pass allow_changes=[data] to go on with it"
             )
+
+
+def _with_defaults(old: dict[str, Any]) -> dict[str, Any]:
+    """A run of before a setting existed did what the setting's default does."""
+    defaults = flatten(resolved(TrainConfig()))
+    missing = {key: value for key, value in defaults.items() if not any(f"{k}.".startswith(f"{key}.") for k in old)}
+    return {**missing, **old}
 
 
 def _setting(key: str, known: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from sora_train.config.limits import POSITIVE, RANGES
 from sora_train.config.root import ConfigError, TrainConfig, build_config, known_keys, load_config, save_config
 from sora_train.data.schema import DatasetManifest, ShardEntry
 from sora_train.training import run
+from sora_train.training.checkpoint_reading import checkpoints_of
 from sora_train.training.fragment_files import FORMAT_VERSION, MANIFEST, digest
 
 CHANNELS = {"in_channels": 96, "out_channels": 96}
@@ -36,10 +39,16 @@ def build(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     return builder
 
 
-def save_checkpoint_of(config: TrainConfig, step: int = 5) -> None:
+def save_checkpoint_of(config: TrainConfig, step: int = 5, before: tuple[str, ...] = ()) -> None:
+    """`before`: settings that there were not yet."""
     folder = Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": [], **run.facts(config)}
+    for section, _, name in (key.partition(".") for key in before):
+        if name:
+            del manifest["config"][section][name]
+        else:
+            del manifest["config"][section]
     manifest["sha256"] = digest(json.loads(json.dumps(manifest)))
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
@@ -99,6 +108,60 @@ def test_other_settings_are_refused_with_the_difference_and_can_be_allowed_by_na
     with pytest.raises(ConfigError, match="seed: 0 -> 3"):
         run.check(build(**changed, allow_changes=["optim.learning_rate"]))
     run.check(build(**changed, allow_changes=["optim.learning_rate", "seed"]))
+
+
+def test_a_run_of_before_a_setting_existed_goes_on_as_by_its_default(build: Callable[..., TrainConfig]) -> None:
+    save_checkpoint_of(build(), before=("init", "optim.kind", "ema.lengths", "ema.profile", "data.datasets"))
+    run.check(build())
+    with pytest.raises(ConfigError, match=r"\(optim\.kind: 'adamw' -> 'muon'\)"):
+        run.check(build(optim={"kind": "muon"}))
+
+
+def test_settings_of_data_sets_are_no_lack_of_data_sets(build: Callable[..., TrainConfig], shards: Path) -> None:
+    named = {"data": {"shards": "", "datasets": {"main": {"shards": str(shards)}}}}
+    save_checkpoint_of(build(**named))
+    run.check(build(**named))
+
+
+def test_checkpoints_that_would_not_be_found_are_not_begun_anew(
+    build: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    save_checkpoint_of(build())
+    other = {"checkpoint": {"folder": str(tmp_path / "other")}}
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder=.*other, but the checkpoints of .* are in .*run/check"):
+        run.check(build(**other))
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "other")
+    run.check(build(**other))
+    save_config(build(**other), tmp_path / "run" / "config.yaml")
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder=\(empty\), but the checkpoints of .* are in .*other"):
+        run.check(build())
+
+
+def test_the_checkpoints_of_a_run_are_where_its_config_says_or_where_it_was_moved(
+    build: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run_dir, other = tmp_path / "run", tmp_path / "other"
+    save_checkpoint_of(build())
+    save_config(build(checkpoint={"folder": str(other)}), run_dir / "config.yaml")
+    assert checkpoints_of(run_dir) == run_dir / "checkpoints"
+    save_checkpoint_of(build(), step=9)
+    other.mkdir()
+    (run_dir / "checkpoints" / "step-00000009").rename(other / "step-00000009")
+    assert checkpoints_of(run_dir) == other
+
+
+def test_a_run_directory_is_one_runs(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from sora_train.training.run import lock\n"
+        "print(lock(Path(sys.argv[1])), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "None\n"
+        problem = run.lock(tmp_path, patience_seconds=0)
+        assert problem == f"run_dir={tmp_path} is being trained by another process: end that, or choose another run_dir"
+        first.kill()
+    assert run.lock(tmp_path) is None
 
 
 def test_packs_may_be_cut_otherwise_when_a_run_goes_on(build: Callable[..., TrainConfig]) -> None:
