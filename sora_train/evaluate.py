@@ -20,7 +20,7 @@ import typer
 from sora_train.config.command import fail
 from sora_train.config.root import ConfigError
 from sora_train.data.video_file import read_video, save_video
-from sora_train.generation import Request, check_sizes
+from sora_train.generation import Request
 from sora_train.sample import best_device, open_output, open_run
 from sora_train.world.sampling import SIMPLE_SIZES
 from sora_train.world.score import Reading, score_clip, share_correct
@@ -150,7 +150,7 @@ def evaluate(
         cases = grid(prompts, frames, seed)
         run = open_run(run_dir, best_device())
         requests = [Request(case.prompt, case.height, case.width, case.num_frames, case.seed) for case in cases]
-        check_sizes(requests, run.config.model, run.codec.shape)
+        run.check(requests)
         open_output(output)
         on_truth = None
         if truth is not None:

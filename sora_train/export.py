@@ -40,7 +40,7 @@ def export_weights(run: Path, out: Path, kind: str = "ema", max_shard_bytes: int
     """Writes `kind` ("ema" or "master") of the newest checkpoint of `run` to `out`; returns a line about it.
 
     Raises:
-        ConfigError: there is no checkpoint, or something stands in `out`.
+        ConfigError: there is no checkpoint, it does not hold `kind`, or something stands in `out`.
     """
     checkpoint = latest_checkpoint(run)
     manifest = read_manifest(checkpoint)
@@ -49,6 +49,8 @@ def export_weights(run: Path, out: Path, kind: str = "ema", max_shard_bytes: int
     sizes = {name: 4 * shape.numel() for name, shape in shapes.items()}  # float32, as they are trained
     with reading(checkpoint):
         reader = PieceReader(checkpoint, manifest)
+        if not reader.has(kind, next(iter(shapes))):
+            raise ConfigError(f"{checkpoint} holds an average alone: leave --raw out")
 
         def read(name: str) -> Tensor:
             flat = torch.empty(shapes[name].numel())

@@ -262,7 +262,8 @@ def save_samples(
     """Writes NNNN-words.mp4 each, their contact sheet, and a line each in samples.jsonl. Numbers go on from what is
     there. Returns the paths, the sheet's last."""
     folder.mkdir(parents=True, exist_ok=True)
-    first = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*")), default=0)
+    numbered = (re.match(r"(\d{4,})-", path.name) for path in folder.iterdir())
+    first = 1 + max((int(found[1]) for found in numbered if found), default=0)
     paths = []
     for number, (request, frames_THWC) in enumerate(zip(requests, videos, strict=True), start=first):
         path = folder / f"{number:04d}-{file_words(request.prompt)}.mp4"

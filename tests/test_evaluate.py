@@ -18,6 +18,7 @@ from sora_train.config.world import Level
 from sora_train.data.video_file import save_video
 from sora_train.encoders.codec_shape import CodecShape
 from sora_train.evaluate import CHANCE, grid, may_judge, scorer_on_truth, shares, shuffled_shares, summary
+from sora_train.generation import check_sizes
 from sora_train.world.render import render
 from sora_train.world.sampling import SIMPLE_SIZES, sample_scene
 from sora_train.world.scene import truth
@@ -126,8 +127,7 @@ def test_the_command_scores_what_was_generated(rendered, monkeypatch, tmp_path):
     run = SimpleNamespace(
         config=config,
         model=None,
-        codec=SimpleNamespace(shape=CodecShape(96, 2, 4)),
-        encode_text=list,
+        check=lambda requests: check_sizes(requests, config.model, CodecShape(96, 2, 4)),
         step=5,
         num_parameters=11,
         generate=lambda requests, sampling: [scene_for(request) for request in requests],

@@ -23,8 +23,8 @@ from sora_train.training.run import resolved
 BYTES = ModelConfig(width=16, depth=1, heads=2, mlp_width=16, text=TextConfig(width=8, layers=1, heads=2, max_bytes=9))
 
 
-def save_checkpoint(run_dir: Path, average: VideoDiT, last: VideoDiT, ranks: int = 2) -> None:
-    """As training writes it: each rank a part of every parameter."""
+def save_checkpoint(run_dir: Path, average: VideoDiT, last: VideoDiT | None, ranks: int = 2) -> None:
+    """As training writes it: each rank a part of every parameter. Without `last`, an average alone."""
     folder = run_dir / "checkpoints" / "step-00000007"
     folder.mkdir(parents=True)
     values = {"data": {"shards": "x"}, "model": resolved(TrainConfig(model=average.config))["model"]}
@@ -32,7 +32,7 @@ def save_checkpoint(run_dir: Path, average: VideoDiT, last: VideoDiT, ranks: int
     for rank in range(ranks):
         tensors, held = {}, []
         for kind, model in (("ema", average), ("master", last)):
-            for name, parameter in model.named_parameters():
+            for name, parameter in (model.named_parameters() if model is not None else ()):
                 size = parameter.numel()
                 start, stop = size * rank // ranks, size * (rank + 1) // ranks
                 if start < stop:
@@ -103,6 +103,14 @@ def test_no_more_than_a_file_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert held == [0]
     largest = max(parameter.nbytes for parameter in model.parameters())
     assert most[0] <= max(20_000, largest) < sum(parameter.nbytes for parameter in model.parameters()) / 3
+
+
+def test_an_average_alone_has_no_last_weights(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "run", random_model(BYTES, 0), None)
+    with pytest.raises(ConfigError, match="holds an average alone: leave --raw out"):
+        export_weights(tmp_path / "run", tmp_path / "new", "master")
+    export_weights(tmp_path / "run", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "run"]
 
 
 def test_nothing_is_overwritten_and_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ def test_nothing_is_overwritten(command, tmp_path):
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 4
 
 
+def test_the_ten_thousandth_overwrites_none(command, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "10000-a.mp4").write_text("mine")
+    assert command(str(tmp_path), "a", "--output", str(out))[0] == 0
+    assert sorted(path.name for path in out.glob("*.mp4")) == ["10000-a.mp4", "10001-a.mp4"]
+
+
 def test_size_length_sampler_and_prompts_can_be_chosen(command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("from, the file\n\n  and (another)  \n")

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +113,9 @@ class Snapshots:
         if self.world.is_main:
             manifest = {
                 "format_version": FORMAT_VERSION,
+                "saved_at": time.time(),
                 "step": step,
+                "world_size": self.world.world_size,
                 "lengths": self.ema.kinds,
                 "files": [entry for entry, _ in parts],
                 "pieces": [written for _, written in parts],

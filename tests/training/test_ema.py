@@ -182,6 +182,9 @@ def test_the_command_lists_and_rebuilds(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert "length 0.08, its profile met to within 0." in made.stdout
     assert weights_in(tmp_path / "out")["a"].shape == (5, 7)
+    line = [sys.executable, "-m", "sora_train.training.checkpoint", "list", str(tmp_path / FOLDER)]
+    shown = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stdout
     refused = command("rebuild", str(tmp_path / "nothing"), str(tmp_path / "other"), "--length", "0.08")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
