@@ -5,6 +5,7 @@ on some number of ranks. The page is one file that loads nothing; it is made aga
 """
 
 import hashlib
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from data_pipelines.reporting.survey import Survey, survey
 from sora_train.config.command import hydra_app
 from sora_train.config.curation import ReportConfig
 from sora_train.config.data import DataConfig
+from sora_train.config.parallel import ParallelConfig, group_size
 from sora_train.config.root import ConfigError
 from sora_train.data.index import Dataset, open_dataset
 from sora_train.data.schema import MANIFEST_NAME
@@ -77,11 +79,15 @@ def build_page(config: ReportConfig) -> tuple[str, list[str]]:
             loader = training_loader(config, data, codec, dataset)
             steps = progress.track(range(config.steps), description="planning steps")
             batches = [loader.order.batch(step) for step in steps]
-            simulations = [simulate(batches, ranks, loader) for ranks in rank_counts(config.ranks)]
+            for ranks in rank_counts(config.ranks):
+                # Fewer ranks may be too few to share the largest clips: no matter, they were not asked about.
+                with nullcontext() if ranks == config.ranks else suppress(ConfigError):
+                    simulations.append(simulate(batches, ranks, loader))
         except ConfigError as error:
             warnings.append(f"Training would not start: {error}.")
     asked = [advice(row, data) for row in simulations if row.ranks == config.ranks]
-    warnings = [text for text in (*warnings, *data_warnings(facts, data), *asked) if text]
+    group = group_size(ParallelConfig().largest_group, config.ranks, config.model.heads)
+    warnings = [text for text in (*warnings, *data_warnings(facts, data, group), *asked) if text]
     page = fill(
         "report.html.j2",
         config=config,
@@ -141,8 +147,8 @@ def totals(dataset: Dataset, facts: Survey) -> list[tuple[str, str]]:
     ]
 
 
-def data_warnings(facts: Survey, data: DataConfig) -> list[str]:
-    """Clips that no token or no pack can hold, and a validation without clips, in sentences."""
+def data_warnings(facts: Survey, data: DataConfig, group: int) -> list[str]:
+    """Clips that no token, or no `group` of ranks' packs, can hold, and a validation without clips, in sentences."""
     warnings = []
     if data.held_out_fraction > 0 and not facts.is_held_out.any():
         warnings.append(
@@ -155,12 +161,13 @@ def data_warnings(facts: Survey, data: DataConfig) -> list[str]:
             f"{num_small:,} of {len(facts):,} clips cannot be trained on (less than one token, or latents of another "
             "codec): leave them out of the shards, or raise data.size.max_pixels."
         )
-    is_over = facts.num_tokens > data.max_tokens_per_pack
+    is_over = facts.num_tokens > data.max_tokens_per_pack * group
     if is_over.any():
         tokens = facts.num_tokens.astype(np.int64)
+        packs = "one pack" if group == 1 else f"the packs of {group} ranks"
         warnings.append(
             f"{is_over.sum():,} clips ({is_over.mean():.1%}, with {tokens[is_over].sum() / tokens.sum():.1%} of the "
-            f"tokens) do not fit one pack: the longest has {tokens.max():,} tokens. Raise "
+            f"tokens) do not fit {packs}: the longest has {tokens.max():,} tokens. Raise "
             f"data.max_tokens_per_pack={data.max_tokens_per_pack} or lower data.size.max_pixels or max_frames."
         )
     return warnings

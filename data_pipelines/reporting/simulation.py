@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from sora_train.config.curation import ReportConfig
 from sora_train.config.data import DataConfig
 from sora_train.config.diffusion import TimestepConfig
+from sora_train.config.parallel import ParallelConfig
 from sora_train.data.index import Dataset
 from sora_train.data.loader import Loader, build_loader
 from sora_train.data.order import GlobalBatch
@@ -52,6 +53,7 @@ def training_loader(config: ReportConfig, data: DataConfig, codec: CodecShape, d
         config.seed,
         global_rank=0,
         world_size=config.ranks,
+        largest_group=ParallelConfig().largest_group,
         codec_identity=build_codec(config.codec, "cpu").identity if manifest.encoders else None,
         text_identity=manifest.text_encoders[0] if manifest.text_encoders else None,
     )

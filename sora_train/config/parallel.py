@@ -8,7 +8,7 @@ from enum import Enum
 class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
-    # bf16, with the large matrix products of the blocks in float8 (pip install 'sora_train[fp8]'; Ada, Hopper or later).
+    # bf16, with large matrix products of the blocks in float8 (pip install 'sora_train[fp8]'; Ada, Hopper or later).
     # Only training: validation and samples compute in bf16. Without parallel.compile it is slower than bf16.
     fp8 = "fp8"
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from sora_train.config.diffusion import TimestepConfig, TimestepDistribution
 
-
 SMALLEST = 5e-324  # number above 0
 
 

@@ -102,7 +102,7 @@ def groups_line(asked: int, world_size: int, heads: int) -> str:
     if size < of_world:
         line += f" (parallel.largest_group={asked}, but model.heads={heads} divide by {size} only)"
     elif size < asked:
-        line += f" (parallel.largest_group={asked}, but there are {world_size} ranks)"
+        line += f", there being {world_size} ranks"
     return line
 
 

@@ -30,6 +30,7 @@ from sora_train.encoders.first_frame import ImageEncoder, load_image_encoder
 from sora_train.encoders.text_encoder import TextEncoder, load_text_encoder
 from sora_train.encoders.video_codec import VideoCodec, build_codec, to_unit_range
 from sora_train.models.inputs import PackedConditioning, Text, as_patches, lay_out, patch_of
+from sora_train.models.pack_layout import PackLayout
 from sora_train.models.patchify import patchify
 from sora_train.training.first_frames import (
     NoisyTokens,
@@ -164,7 +165,8 @@ def diffusion_loss(
     ).mean(1)
     if is_clean_L is not None:
         error_L = error_L.masked_fill(is_clean_L, 0)
-    counts_S6 = _counts(pack, noisy, inputs.layout.text_lengths, model_config).to(device, non_blocking=True)
+    num_times = 1 if is_clean_L is None else 2
+    counts_S6 = _counts(pack, noisy, inputs.layout, num_times, model_config).to(device, non_blocking=True)
     tokens_S = counts_S6[:, 0].float()
     error_S = torch.stack([errors.sum() for errors in error_L.split(inputs.layout.lengths)]) / tokens_S.clamp(min=1)
     # Of its clip's noisy tokens the share that is here: all over all ranks, a clip weighs 1.
@@ -184,14 +186,16 @@ def diffusion_loss(
     )
 
 
-def _counts(pack: Pack, noisy: NoisyTokens, text_lengths: Sequence[int], config: ModelConfig) -> Tensor:
+def _counts(pack: Pack, noisy: NoisyTokens, layout: PackLayout, num_times: int, config: ModelConfig) -> Tensor:
     """float64 [S, 6]: a document's noisy tokens, and the share of its clip's that they are; then, as in
     metrics.COUNTED, what it counts for if it is trained on. A shared clip and the work on it are counted by the rank
     that holds its first token."""
     rows = []
-    for document, here, of_clip, text in zip(pack.documents, noisy.here, noisy.of_clip, text_lengths, strict=True):
+    images = layout.image_lengths or (0,) * layout.num_samples
+    rows_of = zip(layout.text_lengths, images, strict=True)
+    for document, here, of_clip, (text, image) in zip(pack.documents, noisy.here, noisy.of_clip, rows_of, strict=True):
         sample = document.sample
-        flops = step_flops(config, sample.num_tokens, text)
+        flops = step_flops(config, sample.num_tokens, text, image, num_times)
         clip = (1, sample.size.num_frames, flops) if _is_first(document) else (0, 0, 0)
         rows.append((here, here / of_clip, len(document.part), *clip))
     return torch.tensor(rows, dtype=torch.float64)

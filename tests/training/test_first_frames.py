@@ -9,12 +9,14 @@ from test_step import ALL, ALONE, ENCODERS, MODEL, SIZES, gradient, pack_of
 
 from sora_train.config.diffusion import CountedBy, DiffusionConfig, Target
 from sora_train.config.root import ConfigError, TrainConfig, build_config
+from sora_train.cost.flops import step_flops
 from sora_train.encoders.codec_shape import CodecShape
 from sora_train.encoders.first_frame import condition_latents
 from sora_train.encoders.video_codec import to_unit_range
 from sora_train.models.inputs import Conditioning
 from sora_train.models.video_dit import VideoDiT, predict
 from sora_train.training.first_frames import check_first_frames
+from sora_train.training.metrics import COUNTED
 from sora_train.training.step import diffusion_loss
 
 CODEC = ENCODERS.codec.shape
@@ -105,6 +107,20 @@ def test_images_stay_noisy(model: VideoDiT) -> None:
     pack = pack_of([0], [0])
     known, plain = (diffusion_loss(model, pack, ENCODERS, MODEL, c, ALONE).loss for c in (EVERY, DiffusionConfig()))
     torch.testing.assert_close(known, plain)
+
+
+@pytest.mark.parametrize("image_rows", [0, 3])
+def test_flops_count_the_images_and_each_t(model: VideoDiT, image_rows: int) -> None:
+    config = IMAGE_TO_VIDEO if image_rows else MODEL
+    used, encoders = (build(config), replace(ENCODERS, image=Rows())) if image_rows else (model, ENCODERS)
+    pack = pack_of([1, 2], [1, 2])
+    texts = [len(text) + 1 for text in pack.text if isinstance(text, str)]
+    expected = sum(
+        step_flops(config, sample.num_tokens, text, image_rows, 1 if image_rows else 2)
+        for sample, text in zip(pack.samples, texts, strict=True)
+    )
+    counts = diffusion_loss(used, pack, encoders, config, EVERY, ALONE).counts
+    assert counts[COUNTED.index("flops")] == expected
 
 
 @pytest.mark.parametrize("are_made_in_advance", [False, True])
