@@ -20,6 +20,7 @@ from sora_train.distributed.offload import Offload
 from sora_train.distributed.sequence_parallel import SequenceGroups, Ulysses
 from sora_train.distributed.topology import World
 from sora_train.models.attention import Attention, apply_core
+from sora_train.models.attention_choice import hidden_kernel
 from sora_train.models.video_dit import VideoDiT
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def parallelize(
     """
     check_parallel(config)
     reason = apply_core(model, config.attention, world.device, compute_dtype(config))
+    hidden = hidden_kernel(next(module.core for module in model.modules() if isinstance(module, Attention)))
     is_heard = world.is_main and not is_quiet
     if is_heard:
         log.info("attention: %s", reason)
@@ -82,6 +84,12 @@ def parallelize(
         if is_heard:
             counts = ", ".join(f"{mode.value} of {count} blocks" for mode, count in Counter(modes).items())
             log.info("checkpointing: %s%s", counts, ", kept on the host" if offload else "")
+            if hidden and Checkpointing.operations in modes:
+                log.warning(
+                    "parallel.checkpointing=operations cannot keep what %s gives and computes it again: set "
+                    "parallel.attention to flash3, flash2 or varlen to compare",
+                    hidden,
+                )
     if compiled is not None:
         model.run_block = compiled.or_as_it_is(model.run_block)
 

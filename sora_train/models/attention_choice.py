@@ -81,6 +81,7 @@ class Kernel:
     takes_width: Callable[[int, int], bool] = lambda width, generation: width % 8 == 0 and width <= 256
     widths: str = "a multiple of 8 up to 256"
     dtypes: tuple[torch.dtype, ...] = HALVES
+    is_operator: bool = True  # of torch's, so that selective checkpointing sees what it gives
 
 
 FLASH_3 = Kernel(
@@ -91,7 +92,7 @@ FLASH_4 = Kernel(
     AttentionKind.flash4, flash_attention_4, "FlashAttention-4", "flash-attn-4", "4.0.0b36",
     "pip install 'sora_train[gpu]'", (9, 10),
     lambda width, generation: width % 8 == 0 and (width <= 128 or width == 256 or (width < 256 and generation == 9)),
-    "a multiple of 8 up to 128 (Hopper: up to 256), or 256",
+    "a multiple of 8 up to 128 (Hopper: up to 256), or 256", is_operator=False,
 )  # fmt: skip
 FLASH_2 = Kernel(
     AttentionKind.flash2, flash_attention_2, "flash-attn", "flash-attn", "2.5", "pip install flash-attn",
@@ -108,6 +109,7 @@ CUDNN = Kernel(
 FLEX = Kernel(
     AttentionKind.flex, flex_per_document, "FlexAttention, compiled", "torch", "2.8", "pip install 'torch>=2.8'",
     (8, 9, 10, 12), lambda width, generation: 16 <= width <= 256, "between 16 and 256", (*HALVES, torch.float32),
+    is_operator=False,
 )  # fmt: skip
 FASTEST_FIRST = (FLASH_3, FLASH_4, FLASH_2, VARLEN)
 BY_NAME = {kernel.kind: kernel for kernel in (*FASTEST_FIRST, CUDNN, FLEX)}
@@ -163,6 +165,11 @@ def refusal(kernel: Kernel, facts: Facts) -> str | None:
     if TorchVersion(version) < TorchVersion(kernel.at_least):
         return f"needs {kernel.package} >= {kernel.at_least}, this is {version} ({kernel.install})"
     return None
+
+
+def hidden_kernel(core: Core) -> str | None:
+    """The name of a core's kernel, if no dispatch mode of torch's sees it."""
+    return next((each.name for each in BY_NAME.values() if each.core is core and not each.is_operator), None)
 
 
 def _but(refused: Mapping[str, list[str]]) -> str:

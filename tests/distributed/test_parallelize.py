@@ -23,7 +23,8 @@ from sora_train.distributed.offload import Away, Offload
 from sora_train.distributed.parallelize import parallelize
 from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.distributed.topology import read_world
-from sora_train.models.attention_cores import masked_sdpa
+from sora_train.models.attention_choice import BY_NAME
+from sora_train.models.attention_cores import Core, masked_sdpa
 from sora_train.models.pack_layout import PackLayout
 from sora_train.models.video_dit import VideoDiT, call_block
 
@@ -124,6 +125,21 @@ def test_attention_is_not_computed_again_whichever_operator_does_it() -> None:
     assert_same(operations, none)
     again = operations[3] - none[3]
     assert again == 2 * WAN.depth * sum(LENGTHS) * WAN.width * WAN.mlp_width, "the widening product, nothing else"
+
+
+@pytest.mark.parametrize("mode", [Checkpointing.operations, Checkpointing.block])
+@pytest.mark.parametrize("kind", [AttentionKind.flash4, AttentionKind.flash3])
+def test_attention_that_cannot_be_kept_is_told_of(caplog, monkeypatch, mode, kind) -> None:
+    def choose(*_: object) -> tuple[Core, str]:
+        return BY_NAME[kind].core, "chosen"
+
+    monkeypatch.setattr("sora_train.models.attention.choose_core", choose)
+    with caplog.at_level(logging.WARNING):
+        config = ParallelConfig(precision=Precision.fp32, checkpointing=mode)
+        parallelize(VideoDiT(WAN), config, WORLD, NO_GROUPS, PackSize(8, 1, 1))
+    told = [record.message for record in caplog.records if "computes it again" in record.message]
+    is_recomputed = kind is AttentionKind.flash4 and mode is Checkpointing.operations
+    assert [("FlashAttention-4" in line) for line in told] == [True] * is_recomputed
 
 
 @pytest.mark.parametrize("mode", [Checkpointing.operations, Checkpointing.block])
