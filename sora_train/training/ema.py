@@ -10,6 +10,8 @@ length comes out after training:
     python -m sora_train.sample OUT "a red circle moving left"
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -60,24 +62,27 @@ class Ema:
             for averages, fragment in zip(self.kept, self.held, strict=True):
                 averages[kind].lerp_(fragment.master, 1 - decay)
 
-    @torch.no_grad()
     def gather(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """The whole weights of the primary average by name, on every rank; every rank must call it.
+        """All of `each_whole` at once."""
+        return dict(self.each_whole(shapes))
+
+    @torch.no_grad()
+    def each_whole(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+        """The whole weights of the primary average by name, one after another, on every rank; every rank must go
+        through all of them.
 
         Args:
             shapes: of every trained parameter, the same on all ranks.
         """
         mine = {fragment.name: (fragment, average) for fragment, average in zip(self.held, self.averages, strict=True)}
         device = self.averages[0].device
-        weights = {}
         for name, shape in shapes.items():
             whole = torch.zeros(shape, device=device)
             if name in mine:
                 fragment, average = mine[name]
                 first, last = fragment.written
                 whole.view(-1)[fragment.start + first : fragment.start + last] = average[first:last]
-            weights[name] = sum_over_ranks(whole)
-        return weights
+            yield name, sum_over_ranks(whole)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """What is looked at during training, with the averaged weights: the loss on held-out clips, and sampled videos.
 
 Held-out clips keep their noise and timesteps for the whole run, so that the curve moves only when the model does.
-A second model of plain weights is filled from the average for it: one whole copy on each rank, whatever the ZeRO stage.
+A second model of plain weights is filled from the average for it, a parameter at a time: one whole copy on each rank,
+in the precision of training, whatever the ZeRO stage.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from sora_train.config.model import ModelConfig
 from sora_train.config.root import TrainConfig
 from sora_train.data.loader import Loader
 from sora_train.data.video_file import save_video
@@ -44,10 +45,11 @@ class Validation:
     @torch.no_grad()
     def run(self, ema: Ema, tracker: Tracker, step: int) -> None:
         """After `step` steps. Every rank must call it."""
-        model = VideoDiT(self.config.model)
-        load_named(model, ema.gather(self.shapes))
         # In the precision of training: the kernels that `parallelize` chooses are for it.
-        model = model.to(self.world.device, compute_dtype(self.config.parallel)).eval()
+        model = build_empty(self.config.model, self.world.device, compute_dtype(self.config.parallel)).eval()
+        parameters = dict(model.named_parameters())
+        for name, whole in ema.each_whole(self.shapes):
+            parameters[name].copy_(whole)
         parallelize(model, self.config.parallel, self.world, self.groups, is_quiet=True)
         values = self._held_out_loss(model)
         folder = Path(self.config.run_dir) / "samples" / f"step-{step:08d}"
@@ -94,8 +96,8 @@ def validation_requests(config: TrainConfig) -> list[Request]:
     ]
 
 
-def load_named(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copies weights into the parameters of the same names."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+def build_empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> VideoDiT:
+    """A model whose parameters are to be filled; nowhere is there one of greater precision beside it."""
+    with torch.device("meta"):
+        model = VideoDiT(config)
+    return model.to(dtype).to_empty(device=device)

@@ -312,7 +312,7 @@ def validates(world: World, groups: SequenceGroups, folder: Path) -> dict[str, A
     }  # fmt: skip
     config = build_config(TrainConfig, values)
     weights = {name: value.detach() for name, value in build_model(MODEL).named_parameters()}
-    ema: Any = SimpleNamespace(gather=lambda shapes: weights)
+    ema: Any = SimpleNamespace(each_whole=lambda shapes: weights.items())
     seen: list[float] = []
     tracker: Any = SimpleNamespace(log_validation=lambda step, values, videos: seen.append(values["held_out_loss"]))
     shared = 0

@@ -30,9 +30,11 @@ def test_weights_are_in_the_precision_that_the_attention_kernel_was_chosen_for(
     monkeypatch.setattr(validation, "parallelize", lambda model, *_, is_quiet: seen.append(model))
     encoders: Any = SimpleNamespace(codec=SimpleNamespace(shape=None), encode_text=list)
     loader: Any = SimpleNamespace(validation_packs=lambda clips: [])
-    ema: Any = SimpleNamespace(gather=lambda shapes: average)
+    ema: Any = SimpleNamespace(each_whole=lambda shapes: iter(average.items()))
     tracker = Tracker(config, {}, enabled=True, start_step=0)
     validation.Validation(config, WORLD, loader, encoders, {}, SequenceGroups({})).run(ema, tracker, 3)
     tracker.close()
+    for name, parameter in seen[0].named_parameters():
+        assert torch.equal(parameter, average[name].to(dtype)), name
     assert {parameter.dtype for parameter in seen[0].parameters()} == {dtype}
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3}]
