@@ -52,12 +52,17 @@ class TextEncoder:
         White space is normalised, as Wan and T5 do.
         """
         texts = [" ".join(caption.split()) for caption in captions]
-        batch = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        lengths = batch.attention_mask.sum(1).tolist()  # before they are on the device: nothing waits for it
-        batch = batch.to(self.model.device, non_blocking=True)
-        hidden = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        # All that depends on lengths is decided here, so that nothing waits for the device: given the tokenizer's mask,
+        # transformers would ask there whether it masks anything.
+        lengths = batch.attention_mask.sum(1).tolist()
+        bias = None  # added to scores, [captions, heads, queries, keys]
+        if min(lengths) < max(lengths):
+            is_padding = batch.attention_mask[:, None, None, :] == 0
+            bias = torch.zeros(is_padding.shape, dtype=self.model.dtype)
+            bias = bias.masked_fill_(is_padding, torch.finfo(bias.dtype).min).to(self.model.device, non_blocking=True)
+        ids = batch.input_ids.to(self.model.device, non_blocking=True)
+        hidden = self.model(input_ids=ids, attention_mask=bias).last_hidden_state
         rows = [h[:length] for h, length in zip(hidden, lengths, strict=True)]
         if not self.pad_to_max:
             return rows

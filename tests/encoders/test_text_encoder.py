@@ -1,13 +1,11 @@
 """T5 and UMT5 from tiny random folders with a tokenizer of a few words."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from sora_train.config.encoders import TextEncoderConfig
 from sora_train.config.root import ConfigError
-from sora_train.encoders.text_encoder import TextEncoder, load_text_encoder
+from sora_train.encoders.text_encoder import load_text_encoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,20 +54,25 @@ def test_padding_as_wan_wants_it(folder):
         assert full[short.shape[0] :].abs().max() == 0
 
 
-def test_nothing_is_asked_of_the_device(folder):
+@pytest.mark.parametrize("captions", [["a red circle", ""], ["a red circle", "a blue circle"]])
+def test_nothing_is_asked_of_the_device(folder, captions):
     """Which is none here: tensors without numbers, that cannot be read back."""
-    loaded = load(folder, max_tokens=8)
+    encoder = load(folder, max_tokens=8)
+    shapes = [rows.shape for rows in encoder.encode(captions)]
+    encoder.model.to("meta")
+    rows = encoder.encode(captions)
+    assert {each.device.type for each in rows} == {"meta"}
+    assert [each.shape for each in rows] == shapes
 
-    class Hidden(torch.nn.Module):
-        config, device = loaded.model.config, torch.device("meta")
 
-        def forward(self, input_ids, attention_mask):
-            assert attention_mask.device == self.device
-            rows = torch.empty(*input_ids.shape, self.config.d_model, device=input_ids.device)
-            return SimpleNamespace(last_hidden_state=rows)
-
-    rows = TextEncoder(Hidden(), loaded.tokenizer, 8, pad_to_max=False).encode(["a red circle", ""])
-    assert [tuple(each.shape) for each in rows] == [(4, 12), (1, 12)]
+def test_rows_are_those_that_the_tokenizers_mask_gives(folder):
+    encoder = load(folder, max_tokens=8)
+    captions = ["a red circle", "", "a blue circle moves left"]
+    batch = encoder.tokenizer(captions, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = encoder.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    for rows, expected, mask in zip(encoder.encode(captions), hidden, batch.attention_mask, strict=True):
+        assert torch.equal(rows, expected[mask == 1])
 
 
 def test_a_pipeline_folder_is_found(folder, tmp_path_factory):
