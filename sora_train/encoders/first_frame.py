@@ -4,9 +4,7 @@ Wan 2.1 and 2.2 A14B I2V take it beside the noise, as latents of a video that ha
 also as rows of a CLIP image encoder. Wan 2.2 TI2V takes it in place of noise: its latents are the clip's first.
 """
 
-import hashlib
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +54,6 @@ class ImageEncoder:
         self.size = size
         self.mean, self.spread = (torch.tensor(rgb, device=model.device).reshape(3, 1, 1) for rgb in (mean, spread))
         self.width: int = model.config.hidden_size
-
-    @cached_property
-    def identity(self) -> str:
-        """Two encoders of one identity give the same rows."""
-        digest = hashlib.sha256(f"{self.size} {self.mean.tolist()} {self.spread.tolist()}".encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().float().numpy().tobytes())
-        return f"{type(self.model).__name__}-{digest.hexdigest()[:16]}"
 
     @torch.no_grad()
     def encode(self, frame_3HW: Tensor) -> Tensor:

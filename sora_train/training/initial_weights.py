@@ -32,7 +32,7 @@ def check_initial(init: InitConfig, model: ModelConfig, timesteps: TimestepConfi
 
     Raises:
         ConfigError: no folder of Wan's, weights that are not whole, a model of other sizes, or an expert that would be
-            trained on all levels of noise.
+            trained on all levels of noise, or on those of the other.
     """
     if not init.weights:
         if init.expert is not None:
@@ -44,12 +44,15 @@ def check_initial(init: InitConfig, model: ModelConfig, timesteps: TimestepConfi
         raise ConfigError("init.weights: " + str(error).replace("expert=", "init.expert=")) from error
     check_same_model(model, weights.config, init.weights)
     boundary = expert_boundary(init.weights)
-    if init.expert is not None and boundary is not None and (timesteps.low, timesteps.high) == (0, 1):
-        bound, side = ("low", "above") if init.expert is Expert.high else ("high", "below")
-        raise ConfigError(
-            f"init.expert={init.expert.value} is asked for t {side} {boundary:g} alone, but diffusion.timesteps draws "
-            f"all t: set diffusion.timesteps.{bound}={boundary:g}"
-        )
+    if init.expert is not None and boundary is not None:
+        low, high = (boundary, 1.0) if init.expert is Expert.high else (0.0, boundary)
+        is_all = (timesteps.low, timesteps.high) == (0, 1)
+        if is_all or timesteps.low >= high or timesteps.high <= low:
+            raise ConfigError(
+                f"init.expert={init.expert.value} is asked for t from {low:g} to {high:g} alone, but "
+                f"diffusion.timesteps draws {timesteps.low:g} to {timesteps.high:g}: set diffusion.timesteps.low={low:g} "
+                f"diffusion.timesteps.high={high:g}"
+            )
 
 
 def check_prompts(init: InitConfig, prompts: Sequence[str]) -> None:

@@ -90,8 +90,15 @@ def test_an_expert_has_its_own_noise(folder: Path) -> None:
     (folder / "model_index.json").write_text('{"boundary_ratio": 0.875}')
     path = str(folder)
     assert "init.expert=high or init.expert=low" in refused(InitConfig(weights=path))
-    assert refused(InitConfig(path, Expert.high)).endswith("set diffusion.timesteps.low=0.875")
-    assert refused(InitConfig(path, Expert.low)).endswith("set diffusion.timesteps.high=0.875")
+    high, low = TimestepConfig(low=0.875), TimestepConfig(high=0.875)
+    for expert, others, fix in (
+        (Expert.high, low, "set diffusion.timesteps.low=0.875 diffusion.timesteps.high=1"),
+        (Expert.low, high, "set diffusion.timesteps.low=0 diffusion.timesteps.high=0.875"),
+    ):
+        for drawn in (TimestepConfig(), others):
+            with pytest.raises(ConfigError) as caught:
+                check_initial(InitConfig(path, expert), SMALL, drawn)
+            assert str(caught.value).endswith(fix)
     check_initial(InitConfig(path, Expert.high), SMALL, TimestepConfig(low=0.875))
     check_initial(InitConfig(path, Expert.low), SMALL, TimestepConfig(high=0.9))
 
