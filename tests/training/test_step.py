@@ -10,6 +10,7 @@ import torch
 from sora_train.config.diffusion import CountedBy, DiffusionConfig, Target
 from sora_train.config.encoders import CodecConfig
 from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.config.parallel import ParallelConfig
 from sora_train.data.order import PlannedSample
 from sora_train.data.pack import Failure, Pack
 from sora_train.data.packing import PackPlan, Piece
@@ -18,7 +19,7 @@ from sora_train.data.size import ClipSize
 from sora_train.distributed.sequence_parallel import SequenceGroups
 from sora_train.encoders.video_codec import build_codec
 from sora_train.models.video_dit import VideoDiT, predict
-from sora_train.training.metrics import COUNTED
+from sora_train.training.metrics import COUNTED, Metrics
 from sora_train.training.step import Encoders, diffusion_loss
 
 MODEL = ModelConfig(
@@ -157,3 +158,22 @@ def test_what_was_encoded_in_advance_is_not_encoded_again(model: VideoDiT) -> No
     mixed = replace(pack, text=["abc", torch.full((2, 4), 7.0), "", torch.full((1, 4), 8.0)])
     assert [float(rows[0, 0]) for rows in encoders.text_of(mixed)] == [3.0, 7.0, 0.0, 8.0]
     assert encoders.text_of(replace(pack, text=[torch.zeros(1, 4)] * 4))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("settings", [{}, {"first_frame_probability": 0.6}, {"condition_channels": 98}])
+def test_nothing_is_asked_of_the_device(settings: dict[str, Any]) -> None:
+    """From the pack to the metrics. The device is none: tensors without numbers, that cannot be read back."""
+    is_conditioned = "condition_channels" in settings
+    model_config = replace(MODEL, **settings) if is_conditioned else MODEL
+    config = DiffusionConfig() if is_conditioned else DiffusionConfig(**settings)
+    nowhere = torch.device("meta")
+    encoders = Encoders(build_codec(CodecConfig(), nowhere), None)
+    world: Any = SimpleNamespace(device=nowhere, device_name="none", world_size=1)
+    metrics = Metrics(world, ParallelConfig())
+    pack = pack_of(ALL, ALL).to(nowhere)
+    result = diffusion_loss(VideoDiT(model_config).to(nowhere), pack, encoders, model_config, config, ALONE)
+    result.loss.backward()
+    metrics.add(result)
+    metrics.end_step()
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        metrics.reduce()
