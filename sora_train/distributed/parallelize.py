@@ -65,7 +65,8 @@ def parallelize(
                 module.core = Ulysses(module.core, groups)
     if pack is None:
         return
-    if config.compile and config.zero_stage >= 2 and world.world_size > 1:
+    reduces_as_they_come = config.zero_stage >= 2 and world.world_size > 1
+    if config.compile and reduces_as_they_come:
         # They reduce gradients, and fetch parameters, in the order in which a rank comes to them; a pack with a single
         # row runs as it is, in another order than the compiled one on the next rank.
         raise ConfigError(
@@ -75,7 +76,8 @@ def parallelize(
     if config.precision is Precision.fp8:
         apply_float8(model, world.device)
         if is_heard and not config.compile:
-            log.warning("parallel.precision=fp8 is slower than bf16 unless compiled: set parallel.compile=true")
+            more = " and parallel.zero_stage=1" if reduces_as_they_come else ""
+            log.warning("parallel.precision=fp8 is slower than bf16 unless compiled: set parallel.compile=true%s", more)
     compiled = compile_blocks(model.blocks, world.device, backend="inductor") if config.compile else None
     modes = block_modes(model.config, config, pack)
     if set(modes) != {Checkpointing.none}:

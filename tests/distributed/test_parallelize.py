@@ -226,6 +226,18 @@ def test_compiled_blocks_are_refused_where_ranks_reduce_gradients_as_they_come()
         parallelize(model_of(WAN), config, world, NO_GROUPS, is_quiet=True)  # nothing is trained
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_float8_is_advised_is_not_refused(caplog, monkeypatch, stage) -> None:
+    monkeypatch.setattr("sora_train.distributed.parallelize.apply_float8", lambda model, device: None)
+    world = replace(WORLD, world_size=2, local_world_size=2)
+    with caplog.at_level(logging.WARNING):
+        config = ParallelConfig(precision=Precision.fp8, zero_stage=stage)
+        parallelize(model_of(WAN), config, world, NO_GROUPS, PackSize(8, 1, 1))
+    (line,) = [record.message for record in caplog.records if "fp8" in record.message]
+    assert "parallel.compile=true" in line
+    assert ("parallel.zero_stage=1" in line) == (stage == 2)
+
+
 def test_a_model_that_is_not_trained_gets_a_kernel_only() -> None:
     model = model_of(WAN)
     config = ParallelConfig(checkpointing=Checkpointing.block, attention=AttentionKind.masked, compile=True)
