@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from wan_folder import random_model, tiny_model
@@ -111,6 +112,17 @@ def test_an_average_alone_has_no_last_weights(tmp_path: Path) -> None:
         export_weights(tmp_path / "run", tmp_path / "new", "master")
     export_weights(tmp_path / "run", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "run"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    save_checkpoint(tmp_path / "run", random_model(BYTES, 0), None)
+    monkeypatch.setitem(export_module.write_wan.__globals__, "save_file", full)
+    with pytest.raises(ConfigError, match=r"new cannot be written \(I/O error: No space left on device"):
+        export_weights(tmp_path / "run", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_nothing_is_overwritten_and_mistakes_are_one_line(tmp_path: Path) -> None:

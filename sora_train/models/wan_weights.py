@@ -244,22 +244,33 @@ def write_tensors(
         temporary.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}): give another folder") from error
-    shards = list(_shards(sizes, max_shard_bytes))
+    try:
+        _write_all(temporary, stem, list(_shards(sizes, max_shard_bytes)), read, texts)
+        temporary.rename(target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:  # a full disk, mostly
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ConfigError(f"{target} cannot be written ({error}): give another folder") from error
+
+
+def _write_all(
+    folder: Path, stem: str, shards: list[list[str]], read: Callable[[str], Tensor], texts: dict[str, str]
+) -> None:
     places: dict[str, str] = {}
+    total_size = 0
     for number, names in enumerate(shards, 1):
         file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: read(name).detach().cpu().contiguous() for name in names}
-        save_file(tensors, temporary / file, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
-        (temporary / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(places.items()))}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for name, text in texts.items():
-        (temporary / name).write_text(text)
-    for path in (*temporary.iterdir(), temporary):
+        (folder / name).write_text(text)
+    for path in (*folder.iterdir(), folder):
         _sync(path)
-    temporary.rename(target)
-    _sync(target.parent)
 
 
 def transformer_folder(folder: Path, expert: str | None) -> Path:

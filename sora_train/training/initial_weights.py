@@ -50,8 +50,8 @@ def check_initial(init: InitConfig, model: ModelConfig, timesteps: TimestepConfi
         if is_all or timesteps.low >= high or timesteps.high <= low:
             raise ConfigError(
                 f"init.expert={init.expert.value} is asked for t from {low:g} to {high:g} alone, but "
-                f"diffusion.timesteps draws {timesteps.low:g} to {timesteps.high:g}: set diffusion.timesteps.low={low:g} "
-                f"diffusion.timesteps.high={high:g}"
+                f"diffusion.timesteps draws {timesteps.low:g} to {timesteps.high:g}: set "
+                f"diffusion.timesteps.low={low:g} diffusion.timesteps.high={high:g}"
             )
 
 
