@@ -67,6 +67,7 @@ class ParallelConfig:
     offload_activations: bool = False
     # torch.compile of the blocks: once for all lengths of packs. Without a compiler, blocks run as they are, and a line
     # says so. On CUDA compiled code sums some gradients in no fixed order: a resumed run is then close, not bitwise.
+    # On several ranks with zero_stage 0 and 1 alone.
     compile: bool = False
 
 

@@ -40,7 +40,7 @@ class Quarantine:
         self.masked: Mapping[int, frozenset[tuple[str, str]]] = {step: frozenset(at) for step, at in steps.items()}
 
     def add(self, step: int, failures: Iterable[Failure]) -> None:
-        """Clips that failed on this rank in a step; on disk before the step's update."""
+        """Clips that failed on this rank in a step; on disk before the step is saved."""
         for failure in failures:
             log.warning("quarantined %s of %s: %s", failure.key, failure.shard, failure.reason)
             _append(self.path, {**asdict(failure), "step": step})
