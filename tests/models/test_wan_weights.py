@@ -312,7 +312,7 @@ def test_a_save_is_whole_or_absent(model, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(wan_weights, "save_file", full)
-        with pytest.raises(ConfigError, match="cannot be written .No space"):
+        with pytest.raises(ConfigError, match=r"cannot be written \(No space"):
             save_wan(model, target)
     assert not list(tmp_path.iterdir())
     target.mkdir()  # empty: as a tool may have made it
