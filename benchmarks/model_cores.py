@@ -62,7 +62,7 @@ def figures() -> list[Figure]:
                     methods = {"core": _through(sdpa_per_document, lengths, text), "bare": _bare(lengths, text)}
                     if text is None:
                         methods["masked"] = _through(masked_sdpa, lengths, text)
-                    spent = cpu_seconds({key: _times(run, 2) for key, run in methods.items()}, 9)
+                    spent = cpu_seconds({key: _times(run, 2) for key, run in methods.items()}, 25)
                     kind = "self-attention" if text is None else f"cross-attention to {TEXT_ROWS} rows"
                     where = (
                         f"{kind}, {sum(lengths)} tokens, {HEADS} heads of {HEAD_WIDTH}, forward and backward, fp32, "

@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sora_train.config.root import ConfigError, Schema, build_config, explain, s
 
 CONFIGS = "pkg://sora_train.configs"
 EXIT_BAD_USE = 2
+PATIENCE_SECONDS = 10.0
 _NO_OUTPUT = [
     "hydra.run.dir=.",
     f"hydra.sweep.dir={tempfile.gettempdir()}",  # takes Hydra's multirun.yaml
@@ -69,9 +71,12 @@ def hydra_app(schema: type[Schema], config_name: str) -> Callable[[Callable[[Sch
 
 
 def fail(error: ConfigError) -> None:
-    """Prints the one line, on the first rank of each host only, and leaves with the exit code of a user's mistake."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # a mistake may be one host's own, as a folder that it does not see
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """Prints the line, once where all ranks of a host have it, and leaves with the exit code of a user's mistake."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank != "0":
+        # The first rank speaks, and its launcher ends the others: one that is still here has a mistake of its own.
+        time.sleep(PATIENCE_SECONDS)
+    print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_USE)
 
 

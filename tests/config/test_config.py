@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import hydra
@@ -136,13 +137,16 @@ def test_the_command_prints_the_line_and_leaves_with_2(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+@pytest.mark.parametrize(("local_rank", "line"), [("0", "error: x=1"), ("1", "error on local rank 1: x=1")])
 def test_every_host_says_what_is_wrong_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_rank: str, lines: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_rank: str, line: str
 ) -> None:
-    """Shards may be missing on the second host alone."""
+    """Shards may be missing on the second host alone, or on a single rank, which speaks unless it is ended first."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(SystemExit):
-        fail(ConfigError("data.shards=x"))
-    assert len(capsys.readouterr().err.splitlines()) == lines
+        fail(ConfigError("x=1"))
+    assert capsys.readouterr().err.splitlines() == [line]
+    assert bool(waited) == (local_rank != "0")
