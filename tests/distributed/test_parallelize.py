@@ -97,8 +97,10 @@ def assert_same(got, expected) -> None:
 
 def assert_close(got, expected) -> None:
     torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
+    # Gradients that vanish but for rounding (of queries, where a text has one row) are held to the largest.
+    floor = 1e-6 * max(float(gradient.norm()) for gradient in expected[1].values())
     for name, gradient in expected[1].items():
-        assert (got[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+        assert (got[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + floor, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
