@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config  # torch's own messages name this setting; it has no public one
 
 from sora_train.models.attention import Attention
+from sora_train.models.attention_cores import Core
 from sora_train.models.layers import Block
+from sora_train.models.pack_layout import PackLayout
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def compile_blocks(
         assert isinstance(block, Block)
         for module in block.modules():
             if isinstance(module, Attention):
-                module.core = torch.compiler.disable(module.core)
+                module.core = _not_compiled(module.core)
         block.forward = compiled.of(block)  # type: ignore[method-assign]
     return compiled
 
@@ -94,6 +96,19 @@ class CompiledForward:
             return out
 
         return run
+
+
+def _not_compiled(core: Core) -> Core:
+    """A core that always gives a tensor of its own: of a view, the compiler looks at what it is a view of, and compiles
+    the next piece anew for a pack of one clip, or of clips of one length."""
+
+    def run(query_LNK: Tensor, key_MNK: Tensor, value_MNK: Tensor, layout: PackLayout, is_cross: bool) -> Tensor:
+        out_LNK = core(query_LNK, key_MNK, value_MNK, layout, is_cross)
+        is_own = out_LNK._base is None and out_LNK.is_contiguous()
+        return out_LNK if is_own else out_LNK.clone(memory_format=torch.contiguous_format)
+
+    not_compiled: Core = torch.compiler.disable(run)
+    return not_compiled
 
 
 def _try_compiler(device: torch.device, backend: str | Callable[..., Any]) -> None:
