@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:  # run as a file, not as a module
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import data_balance, data_decode, data_fuzz, data_order, data_stream  # noqa: E402
-from benchmarks.figure import Figure, print_table, write_json  # noqa: E402
+from benchmarks.figure import Figure, run_parts  # noqa: E402
 
 WORKLOAD = ROOT / "benchmarks" / "workloads" / "web_mix_tokens.csv"
 
@@ -37,18 +37,7 @@ def main() -> None:
         "decode": data_decode.figures,
         "fuzz": data_fuzz.figures,
     }
-    names = arguments.parts.split(",")
-    if unknown := set(names) - set(parts):
-        parser.error(f"--parts: {', '.join(sorted(unknown))}: the parts are {', '.join(parts)}")
-    found: list[Figure] = []
-    for name in names:
-        print(f"\n{name}", flush=True)
-        figures = parts[name]()
-        print_table(figures)
-        found += figures
-        if arguments.json:
-            write_json(found, arguments.json)  # after each part: what has been measured is kept
-    raise SystemExit(any(figure.holds is False for figure in found))
+    run_parts(parser, arguments, parts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +21,7 @@ if str(ROOT) not in sys.path:  # run as a file, not as a module
 import torch  # noqa: E402
 
 from benchmarks import model_cores, model_flops, model_memory, model_speed  # noqa: E402
-from benchmarks.figure import Figure, print_table, write_json  # noqa: E402
+from benchmarks.figure import Figure, run_parts  # noqa: E402
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "speed": model_speed.figures,
@@ -39,20 +38,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--parts", default=",".join(PARTS), help="which, separated by commas")
     arguments = parser.parse_args()
-    names = arguments.parts.split(",")
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"--parts: {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
     torch.set_num_threads(1)  # parts that measure with more say so
     place = f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores"
-    found: list[Figure] = []
-    for name in names:
-        print(f"\n{name}: {place}", flush=True)
-        figures = [replace(figure, conditions=f"{figure.conditions}; {place}") for figure in PARTS[name]()]
-        print_table(figures)
-        found += figures
-        if arguments.json:
-            write_json(found, arguments.json)  # after each part: what has been measured is kept
-    raise SystemExit(any(figure.holds is False for figure in found))
+    run_parts(parser, arguments, PARTS, place)
 
 
 if __name__ == "__main__":
